@@ -1,0 +1,18 @@
+"""replnbd: QEMU's COLO block replication as an NBD server of its own.
+
+The rooms of this package, top to bottom; imports point down only (`lint-imports` keeps it so):
+
+    cli           doors for people; each command is a thin client of control or daemon
+    daemon        puts a configuration to work: nodes, exports, jobs, control, signals, shutdown
+    control       QMP: wire, commands, events
+    replication   stages, the standby's disks, the group
+    jobs          backup (copy-before-write) and commit: asyncio tasks with status and progress
+    server        NBD over asyncio: batches, exports, limits, listeners
+    filters       nodes over one other node: copy-before-write, injected faults and delays
+    qcow2         the image engine
+    block         the one BlockNode interface; file and memory nodes; range lock
+    nbd           the protocol without I/O
+    events, errors
+"""
+
+__version__ = "0.1.0"

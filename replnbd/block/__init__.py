@@ -1,0 +1,40 @@
+"""The one interface that everything which holds bytes has: BlockNode.
+
+Words. A *node* is an array of `size` bytes that can be read and written at any offset. A *filter*
+is a node over one other node and changes some of its operations. An *overlay* is a node whose
+unallocated ranges show its *backing* node. An *extent* is a run of bytes in one state.
+
+Laws.
+1. Every operation is a coroutine, and starts eagerly: whoever calls it may drive it with
+   `coro.send(None)`. Nearly always it finishes without suspending, and then it was atomic.
+2. Requests are validated once, where a peer's bytes enter (the NBD server, the public API):
+   inside, `0 <= offset`, `offset + length <= size` and `length > 0` hold, and may be asserted.
+3. An operation fails with OSError; `errno` decides what the client is told.
+4. A buffer belongs to the caller again when the operation has finished, and not before.
+5. Nodes keep themselves coherent under overlapping requests; which of two overlapping writes
+   wins is the caller's business, as on any disk.
+"""
+
+from replnbd.block.file import FileNode
+from replnbd.block.memory import MemoryNode
+from replnbd.block.node import (
+    BlockNode,
+    Buffer,
+    Extent,
+    OverlayNode,
+    PassThrough,
+    read_bytes,
+)
+from replnbd.block.range_lock import RangeLock
+
+__all__ = [
+    "BlockNode",
+    "Buffer",
+    "Extent",
+    "FileNode",
+    "MemoryNode",
+    "OverlayNode",
+    "PassThrough",
+    "RangeLock",
+    "read_bytes",
+]

@@ -1,0 +1,153 @@
+"""BlockNode, the interface; OverlayNode, what a copy-on-write layer adds; PassThrough."""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Extent(NamedTuple):
+    """A run of `length` bytes in one state (NBD's block descriptor, QEMU's bdrv_block_status).
+
+    `zero`: the bytes read as zeroes, and the node knows it without reading them.
+    `depth`: the layer that decides the bytes: 0 this node, 1 its backing, ...; -1 none does
+    (a hole: nothing is stored anywhere, and the bytes read as zeroes).
+    """
+
+    length: int
+    zero: bool
+    depth: int
+
+    @property
+    def hole(self) -> bool:
+        """Nothing is stored for these bytes in any layer."""
+        return self.depth < 0
+
+
+class BlockNode(ABC):
+    """An array of bytes with the operations of a disk; see the laws in `replnbd.block`."""
+
+    name: str
+    """The node-name, for errors, events and `query-named-block-nodes`."""
+    size: int
+    """In bytes."""
+    driver: str
+    """QEMU's name for the kind of node: "file", "qcow2", "replication", ..."""
+
+    @abstractmethod
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes at `offset`."""
+
+    @abstractmethod
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        """Store `data` at `offset`. Durable only after a flush; visible to readers at once."""
+
+    @abstractmethod
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        """Make a range read as zeroes. `unmap`: its space may be given back.
+
+        `fast` (NBD_CMD_FLAG_FAST_ZERO): fail with ENOTSUP at once rather than write them as data.
+        """
+
+    @abstractmethod
+    async def discard(self, offset: int, length: int) -> None:
+        """The bytes are not needed any more. Here they read as zeroes afterwards, always:
+        nothing of what was discarded, in this layer or below, shows again."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """All that was written, by anyone, before this call is durable when it returns."""
+
+    @abstractmethod
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """The state of every byte of the range: extents whose lengths add up to `length`."""
+
+    async def truncate(self, size: int) -> None:
+        """Cut the node to `size` bytes, or extend it with zeroes. Only what an image format can
+        live on (files) has it; there, a write past the end extends the node as well."""
+        raise OSError(errno.ENOTSUP, f"{self.name} cannot be resized")
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let in-flight operations end, write back what is cached, release files and locks."""
+
+
+class OverlayNode(BlockNode):
+    """A copy-on-write layer: what is not allocated here shows `backing`.
+
+    What a replication overlay must be able to do beyond a disk: QEMU's bdrv_is_allocated and
+    bdrv_make_empty, and `drop`, its inverse for a range.
+    """
+
+    backing: BlockNode | None
+    granularity: int
+    """Bytes (a power of two): aligned writes of this size copy nothing from `backing`."""
+
+    @abstractmethod
+    async def allocated(self, offset: int, length: int) -> tuple[bool, int]:
+        """Whether the byte at `offset` is allocated in this layer (data or zeroes), and for how
+        many bytes from there, at least 1 and at most `length`, the same answer holds."""
+
+    @abstractmethod
+    async def drop(self, offset: int, length: int) -> None:
+        """Make an aligned range unallocated: from now on it shows `backing` again.
+        `offset` and `length` are multiples of `granularity`, but for the end of the disk."""
+
+    @abstractmethod
+    async def make_empty(self) -> None:
+        """Make the whole layer unallocated and give its space back."""
+
+    @property
+    @abstractmethod
+    def allocated_bytes(self) -> int:
+        """Bytes of data clusters in use in this layer's file."""
+
+
+class PassThrough(BlockNode):
+    """A filter that changes nothing. A real one overrides only what it changes."""
+
+    driver = "passthrough"
+
+    def __init__(self, name: str, file: BlockNode) -> None:
+        self.name = name
+        self.file = file
+        self.size = file.size
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        await self.file.pread(offset, buffer)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        await self.file.pwrite(offset, data)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        await self.file.write_zeroes(offset, length, unmap=unmap, fast=fast)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.file.discard(offset, length)
+
+    async def flush(self) -> None:
+        await self.file.flush()
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        return await self.file.block_status(offset, length)
+
+    async def truncate(self, size: int) -> None:
+        await self.file.truncate(size)
+
+    async def close(self) -> None:
+        await self.file.close()
+
+
+async def read_bytes(node: BlockNode, offset: int, length: int) -> bytearray:
+    """The bytes at `offset` as a new buffer, for callers off the data path."""
+    buffer = bytearray(length)
+    if length:
+        await node.pread(offset, memoryview(buffer))
+    return buffer
