@@ -1,9 +1,10 @@
 """Locks on image files, against a second daemon and against QEMU.
 
-QEMU (block/file-posix.c, its option "locking") locks single bytes of an image with OFD locks: byte 100 + n, shared, for each permission n it uses, and byte 200 + n, shared, for each
-permission it does not allow others. Before that counts, it tests that nobody forbids what it uses
-(200 + n) and nobody uses what it forbids (100 + n). We do the same, with the permissions of a
-format driver that owns its image: uses read, write and resize; allows others only to read.
+QEMU (block/file-posix.c, its option "locking") locks single bytes of an image with OFD locks:
+byte 100 + n, shared, for each permission n it uses, and byte 200 + n, shared, for each permission
+it does not allow others. Before that counts, it tests that nobody forbids what it uses (200 + n)
+and nobody uses what it forbids (100 + n). We do the same, with the permissions of a format driver
+that owns its image: uses read, write and resize; allows others only to read.
 """
 
 from __future__ import annotations
