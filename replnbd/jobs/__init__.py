@@ -1,1 +1,16 @@
-"""(room to be built)"""
+"""Jobs: work that goes on beside the requests, with a status, a progress and a speed limit.
+
+    BackupJob   copy-before-write, from a start to a stop or failover
+    CommitJob   moves what the overlays hold down into the secondary disk, after a failover
+
+A job is an asyncio task with QEMU's life (qapi/job.json): created, running, paused, aborting,
+concluded, null. Every change of status is an event. A job belongs to who made it: that one waits
+for its end, and is told of it even when a user cancelled it. `JobRegistry` is where QMP finds them.
+"""
+
+from replnbd.jobs.backup import BackupJob
+from replnbd.jobs.commit import CommitJob
+from replnbd.jobs.job import Job, JobStatus
+from replnbd.jobs.registry import JobRegistry
+
+__all__ = ["BackupJob", "CommitJob", "Job", "JobRegistry", "JobStatus"]

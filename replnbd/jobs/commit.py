@@ -1,0 +1,134 @@
+"""CommitJob: move what overlays hold down into their base, while they are read and written.
+
+One sweep over the disk, in batches:
+
+    1. copy: under an exclusive lock on each chunk, what an overlay has there goes to the base;
+    2. sync: the base is flushed, so that nothing flushed before can be lost by step 3;
+    3. drop: each chunk is made unallocated in the overlays, the lowest first. If the process
+       dies between two drops, the upper ones still win, and show the same bytes.
+
+Whoever writes meanwhile (the owner's filter) writes where a range is allocated to the top overlay,
+and elsewhere to the base. So the overlays only ever shrink: the sweep ends, under any load; and
+what is left in them is the work that is left, so a commit that failed or died is begun again.
+Between the steps 1 and 3, a chunk stands in both places (`is_copied`): a write there goes to both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from replnbd.block import BlockNode, OverlayNode, RangeLock
+from replnbd.events import EventBus
+from replnbd.jobs.job import Job
+
+CHUNK = 1 << 20
+"""Bytes under one lock: how long a request to the same place may wait (about 1 ms)."""
+BATCH = 64 << 20
+"""Bytes copied for one flush of the base."""
+
+
+class CommitJob(Job):
+    """`overlays` from the top down, all above `base`; `ranges` is what their users lock.
+
+    `ended(job)` is called when it has ended; on success all overlays are empty and `base` is
+    flushed.
+    """
+
+    type = "commit"
+
+    def __init__(
+        self,
+        job_id: str,
+        bus: EventBus,
+        overlays: Sequence[OverlayNode],
+        base: BlockNode,
+        ranges: RangeLock,
+        ended: Callable[[CommitJob], None],
+    ) -> None:
+        super().__init__(job_id, bus)
+        self._overlays = overlays
+        self._top = overlays[0]
+        self._base = base
+        self._ranges = ranges
+        self._ended = ended
+        # Chunks begin and end where every overlay can drop.
+        self._granularity = max(overlay.granularity for overlay in overlays)
+        self._chunk = max(CHUNK, self._granularity)
+        self._copied_start = 0
+        self._copied_end = 0
+        self.progress_total = sum(overlay.allocated_bytes for overlay in overlays)
+
+    def is_copied(self, offset: int, length: int) -> bool:
+        """Whether a part of the range stands in the base already, and in an overlay still."""
+        return offset < self._copied_end and offset + length > self._copied_start
+
+    async def run(self) -> None:
+        size = self._base.size
+        position = 0
+        while position < size:
+            self._copied_start = self._copied_end = position
+            batch: list[tuple[int, int]] = []
+            while position < size and len(batch) * self._chunk < BATCH:
+                allocated, length = await self._next(position)
+                if allocated:
+                    position &= -self._granularity
+                    length = min(self._chunk - position % self._chunk, size - position)
+                    await self._copy(position, length)
+                    batch.append((position, length))
+                position += length
+                await self.pause_point(length if allocated else 0)
+            if batch:
+                await self._base.flush()
+                await self._drop(batch)
+        await self._base.flush()
+        self.progress_total = self.progress_current
+
+    def on_end(self) -> None:
+        self._copied_start = self._copied_end = 0
+        self._ended(self)
+
+    async def _next(self, position: int) -> tuple[bool, int]:
+        """Whether an overlay has the byte at `position`; if none has, for how many bytes.
+
+        Without a lock: what is unallocated in all overlays stays so (see the head of this file).
+        """
+        length = self._base.size - position
+        for overlay in self._overlays:
+            allocated, count = await overlay.allocated(position, length)
+            if allocated:
+                return True, count
+            length = count
+        return False, length
+
+    async def _copy(self, offset: int, length: int) -> None:
+        top, base = self._top, self._base
+        key = await self._ranges.acquire(offset, length, True)
+        try:
+            position = offset
+            for extent in await top.block_status(offset, length):
+                if 0 <= extent.depth < len(self._overlays):
+                    if extent.zero:
+                        await base.write_zeroes(position, extent.length)
+                    else:
+                        buffer = memoryview(bytearray(extent.length))
+                        self.operation = "read"
+                        await top.pread(position, buffer)
+                        self.operation = "write"
+                        await base.pwrite(position, buffer)
+                    self.progress_current += extent.length
+                position += extent.length
+            self._copied_end = offset + length
+        finally:
+            self._ranges.release(key)
+
+    async def _drop(self, batch: list[tuple[int, int]]) -> None:
+        for offset, length in batch:
+            key = await self._ranges.acquire(offset, length, True)
+            try:
+                for overlay in reversed(self._overlays):
+                    await overlay.drop(offset, length)
+                self._copied_start = offset + length
+            finally:
+                self._ranges.release(key)
+            await asyncio.sleep(0)

@@ -1,0 +1,41 @@
+"""JobRegistry: where commands find jobs by their id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from replnbd.errors import ControlError
+from replnbd.jobs.job import Job, JobStatus
+
+
+class JobRegistry:
+    """The jobs of a daemon. A job that has ended is forgotten, as with QEMU's auto-dismiss."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+
+    def add(self, job: Job) -> None:
+        """Make a job known; its id is free again when the job has ended."""
+        assert job.id not in self._alive()
+        self._jobs[job.id] = job
+
+    def get(self, job_id: str) -> Job:
+        """The job for a `job-...` command; ControlError "Job not found"."""
+        try:
+            return self._alive()[job_id]
+        except KeyError:
+            raise ControlError("Job not found") from None
+
+    def get_block_job(self, device: str) -> Job:
+        """The job for a `block-job-...` command; ControlError of class DeviceNotActive."""
+        try:
+            return self._alive()[device]
+        except KeyError:
+            raise ControlError(f"Block job '{device}' not found", "DeviceNotActive") from None
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._alive().values())
+
+    def _alive(self) -> dict[str, Job]:
+        self._jobs = {i: job for i, job in self._jobs.items() if job.status is not JobStatus.NULL}
+        return self._jobs

@@ -1,0 +1,191 @@
+"""The nodes behind the two exports of a replicated disk.
+
+    GateNode         what an export holds on to for ever: serialises, and forwards to its `target`
+    RefusingNode     the target where a stage allows no I/O, and behind a fence
+    SplitWriteNode   the standby's target during and after a failover that has not ended
+
+A stage is which targets the two gates have; changing it is two assignments while both are drained.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable
+
+from replnbd.block import BlockNode, Buffer, Extent, OverlayNode, PassThrough, RangeLock
+
+PIECE = 16 << 20
+"""Bytes. A longer zeroing or discarding is done in pieces, so that no overlapping request waits
+for the whole of it: saving 16 MiB of old data takes about 10 ms."""
+
+
+class GateNode(BlockNode):
+    """Forwards to `target`. Overlapping requests of all gates that share `ranges` wait for each
+    other: reads shared, all that changes bytes exclusive."""
+
+    driver = "replication"
+
+    def __init__(self, name: str, size: int, target: BlockNode, ranges: RangeLock) -> None:
+        self.name = name
+        self.size = size
+        self.target = target
+        self.bytes_written = 0
+        """Changed through this gate since the owner last set it to 0."""
+        self._ranges = ranges
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        key = await self._ranges.acquire(offset, len(buffer), False)
+        try:
+            await self.target.pread(offset, buffer)
+        finally:
+            self._ranges.release(key)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        length = len(data)
+        key = await self._ranges.acquire(offset, length, True)
+        try:
+            await self.target.pwrite(offset, data)
+        finally:
+            self._ranges.release(key)
+        self.bytes_written += length
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        end = offset + length
+        while offset < end:
+            piece = min(PIECE, end - offset)
+            key = await self._ranges.acquire(offset, piece, True)
+            try:
+                await self.target.write_zeroes(offset, piece, unmap=unmap, fast=fast)
+            finally:
+                self._ranges.release(key)
+            offset += piece
+            self.bytes_written += piece
+
+    async def discard(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            piece = min(PIECE, end - offset)
+            key = await self._ranges.acquire(offset, piece, True)
+            try:
+                await self.target.discard(offset, piece)
+            finally:
+                self._ranges.release(key)
+            offset += piece
+            self.bytes_written += piece
+
+    async def flush(self) -> None:
+        await self.target.flush()
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        key = await self._ranges.acquire(offset, length, False)
+        try:
+            return await self.target.block_status(offset, length)
+        finally:
+            self._ranges.release(key)
+
+    async def close(self) -> None:
+        # The owner of the disk closes what is below.
+        return
+
+
+class RefusingNode(BlockNode):
+    """Answers every request with one error."""
+
+    driver = "refusing"
+
+    def __init__(self, name: str, size: int, code: int, reason: str) -> None:
+        self.name = name
+        self.size = size
+        self._code = code
+        self._reason = reason
+
+    def _refuse(self) -> OSError:
+        return OSError(self._code, self._reason)
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        raise self._refuse()
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        raise self._refuse()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        raise self._refuse()
+
+    async def discard(self, offset: int, length: int) -> None:
+        raise self._refuse()
+
+    async def flush(self) -> None:
+        # QEMU's filter checks no stage for a flush. Behind a fence, a success would be a lie.
+        if self._code != errno.EIO:
+            raise self._refuse()
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        raise self._refuse()
+
+    async def close(self) -> None:
+        return
+
+
+class SplitWriteNode(PassThrough):
+    """Reads show the overlays over the base; writes go to the top overlay where an overlay has
+    the range allocated, and elsewhere to the base (the seed's rule for a failed failover).
+
+    It holds while the commit runs as well: so the overlays only shrink, and the commit ends.
+    `is_copied(offset, length)` says that a commit has moved a part of the range down already and
+    has not dropped it from the overlays yet: such a write goes to both.
+    """
+
+    driver = "replication-split"
+
+    def __init__(
+        self,
+        name: str,
+        overlays: tuple[OverlayNode, ...],
+        base: BlockNode,
+        is_copied: Callable[[int, int], bool],
+    ) -> None:
+        super().__init__(name, overlays[0])
+        self._overlays = overlays
+        self._base = base
+        self._is_copied = is_copied
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        view = memoryview(data)
+        start = offset
+        async for node, position, length in self._targets(offset, len(data)):
+            await node.pwrite(position, view[position - start : position - start + length])
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        async for node, position, count in self._targets(offset, length):
+            await node.write_zeroes(position, count, unmap=unmap, fast=fast)
+
+    async def discard(self, offset: int, length: int) -> None:
+        async for node, position, count in self._targets(offset, length):
+            await node.discard(position, count)
+
+    async def flush(self) -> None:
+        # A range moves from an overlay to the base at any time: durable means durable in all.
+        for overlay in self._overlays:
+            await overlay.flush()
+        await self._base.flush()
+
+    async def _targets(self, offset: int, length: int) -> AsyncIterator[tuple[BlockNode, int, int]]:
+        end = offset + length
+        while offset < end:
+            count = end - offset
+            allocated = False
+            for overlay in self._overlays:
+                allocated, count = await overlay.allocated(offset, count)
+                if allocated:
+                    break
+            if allocated:
+                yield self._overlays[0], offset, count
+            if not allocated or self._is_copied(offset, count):
+                yield self._base, offset, count
+            offset += count
