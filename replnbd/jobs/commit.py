@@ -16,11 +16,14 @@ Between the steps 1 and 3, a chunk stands in both places (`is_copied`): a write 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 from replnbd.block import BlockNode, OverlayNode, RangeLock
 from replnbd.events import EventBus
 from replnbd.jobs.job import Job
+
+log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 """Bytes under one lock: how long a request to the same place may wait (about 1 ms)."""
@@ -82,6 +85,12 @@ class CommitJob(Job):
                 await self._base.flush()
                 await self._drop(batch)
         await self._base.flush()
+        for overlay in self._overlays:
+            try:
+                await overlay.make_empty()
+            except OSError as exc:
+                # Nothing is in it any more: only its space is not given back.
+                log.warning("cannot empty %s after its commit: %s", overlay.name, exc.strerror)
         self.progress_total = self.progress_current
 
     def on_end(self) -> None:

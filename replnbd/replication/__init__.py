@@ -1,1 +1,24 @@
-"""(room to be built)"""
+"""Replication: the stages of a standby, its disks, and the group they form.
+
+Words (QEMU's). The *secondary disk* receives every write of the primary. The *hidden* overlay over
+it holds the old data of what the primary has overwritten since the last checkpoint, the *active*
+overlay over that holds the standby's own writes. The *view* is what the standby reads: active over
+hidden over secondary. A *checkpoint* empties both overlays; a *failover* makes the view the disk.
+A *fence* keeps a primary out that does not know that it is none any more.
+
+What holds at every moment while the stage is *running*: the secondary disk equals the primary's
+disk (every acknowledged write); the view is the secondary disk as it was at the last checkpoint,
+plus the standby's own writes since.
+
+    stage.py   the stages and every transition, as data
+    nodes.py   what the exports hold on to: gates, refusals, the split write of a failover
+    disk.py    one disk: nodes, stage, jobs
+    group.py   the commands, over all disks or none
+"""
+
+from replnbd.replication.disk import StandbyDisk
+from replnbd.replication.group import Group
+from replnbd.replication.nodes import GateNode
+from replnbd.replication.stage import Command, Stage
+
+__all__ = ["Command", "GateNode", "Group", "Stage", "StandbyDisk"]

@@ -10,7 +10,7 @@ A stage is which targets the two gates have; changing it is two assignments whil
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 
 from replnbd.block import BlockNode, Buffer, Extent, OverlayNode, PassThrough, RangeLock
 
@@ -155,19 +155,25 @@ class SplitWriteNode(PassThrough):
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         view = memoryview(data)
-        start = offset
-        async for node, position, length in self._targets(offset, len(data)):
-            await node.pwrite(position, view[position - start : position - start + length])
+
+        async def write(node: BlockNode, position: int, length: int) -> None:
+            await node.pwrite(position, view[position - offset : position - offset + length])
+
+        await self._split(offset, len(data), write)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
     ) -> None:
-        async for node, position, count in self._targets(offset, length):
+        async def zero(node: BlockNode, position: int, count: int) -> None:
             await node.write_zeroes(position, count, unmap=unmap, fast=fast)
 
+        await self._split(offset, length, zero)
+
     async def discard(self, offset: int, length: int) -> None:
-        async for node, position, count in self._targets(offset, length):
+        async def discard(node: BlockNode, position: int, count: int) -> None:
             await node.discard(position, count)
+
+        await self._split(offset, length, discard)
 
     async def flush(self) -> None:
         # A range moves from an overlay to the base at any time: durable means durable in all.
@@ -175,7 +181,14 @@ class SplitWriteNode(PassThrough):
             await overlay.flush()
         await self._base.flush()
 
-    async def _targets(self, offset: int, length: int) -> AsyncIterator[tuple[BlockNode, int, int]]:
+    async def _split(
+        self,
+        offset: int,
+        length: int,
+        operate: Callable[[BlockNode, int, int], Awaitable[None]],
+    ) -> None:
+        # One piece after the other: an overlay with large clusters may allocate, by its own
+        # copy-on-write, the range of the next piece while it takes this one.
         end = offset + length
         while offset < end:
             count = end - offset
@@ -185,7 +198,7 @@ class SplitWriteNode(PassThrough):
                 if allocated:
                     break
             if allocated:
-                yield self._overlays[0], offset, count
+                await operate(self._overlays[0], offset, count)
             if not allocated or self._is_copied(offset, count):
-                yield self._base, offset, count
+                await operate(self._base, offset, count)
             offset += count

@@ -1,0 +1,283 @@
+"""StandbyDisk: one replicated disk in mode secondary: its nodes, its stage, its jobs.
+
+    export NAME                          export TOP-ID
+        |                                    |
+    primary gate                        standby gate
+        |                                    |
+        +--> refused (fenced)                +--> refused (none)
+        +--> copy-before-write (running)     +--> active (running, done after stop)
+        |        |        \\                  +--> split: active | secondary (failover, -failed)
+        |        |         v                 |
+        |        |      hidden <-------------+    active -> hidden -> secondary
+        |        v                           |
+        +--> secondary (none, done) <--------+--> (done after failover)
+
+The steps here are the parts of the group's commands: `check_...` and the preparing may fail and
+change nothing; the others are assignments, made while both gates are drained.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from replnbd.block import BlockNode, OverlayNode, RangeLock
+from replnbd.block.range_lock import EVERYTHING
+from replnbd.errors import ImageUnsupportedError, StateError
+from replnbd.events import EventBus
+from replnbd.filters import CopyBeforeWrite
+from replnbd.jobs import BackupJob, CommitJob, Job, JobRegistry
+from replnbd.replication.nodes import GateNode, RefusingNode, SplitWriteNode
+from replnbd.replication.stage import BACKUP_CANCELLED, IO_ERROR, NOT_RUNNING, Command, Stage
+from replnbd.replication.stage import next_stage as next_stage_of
+
+log = logging.getLogger(__name__)
+
+
+class StandbyDisk:
+    """A disk in mode secondary. Made with its nodes open; the group drives it.
+
+    `primary` and `standby` are the nodes to export as NAME and TOP-ID; they stay the same for as
+    long as this object lives. `on_fence(disk)` is called when NAME must be cut off, and
+    `on_unfence(disk)` when it may be served again.
+    """
+
+    mode = "secondary"
+
+    def __init__(
+        self,
+        name: str,
+        top_id: str,
+        *,
+        secondary: BlockNode,
+        hidden: OverlayNode,
+        active: OverlayNode,
+        bus: EventBus,
+        jobs: JobRegistry,
+    ) -> None:
+        self.name = name
+        self.top_id = top_id
+        self.secondary = secondary
+        self.hidden = hidden
+        self.active = active
+        self.stage = Stage.NONE
+        self.promoted = False
+        """After a failover: the standby's disk is the disk, and NAME is fenced."""
+        self.error: str | None = None
+        """What `query-xen-replication-status` says is wrong, while something is."""
+        self.view_lost = False
+        """The backup job was cancelled: nothing keeps the checkpoint any more."""
+        self.checkpoint_count = 0
+        self.checkpoint_time: float | None = None
+        self.on_fence: Callable[[StandbyDisk], None] = lambda _: None
+        self.on_unfence: Callable[[StandbyDisk], None] = lambda _: None
+        self._bus = bus
+        self._jobs = jobs
+        self._backup: BackupJob | None = None
+        self._commit: CommitJob | None = None
+        # What touches the same cluster of an overlay cannot be told apart.
+        self._ranges = RangeLock(max(hidden.granularity, active.granularity))
+        self._not_started = RefusingNode(top_id, active.size, errno.EIO, NOT_RUNNING)
+        self.primary = GateNode(name, secondary.size, secondary, self._ranges)
+        self.standby = GateNode(top_id, active.size, self._not_started, self._ranges)
+
+    def next_stage(self, command: Command) -> Stage | None:
+        """Where `command` leads from here; None if ignored; StateError as QEMU words it."""
+        stage = next_stage_of(self.stage, command)
+        if (
+            self.view_lost
+            and stage is not None
+            and command in (Command.CHECKPOINT, Command.FAILOVER)
+        ):
+            raise StateError(BACKUP_CANCELLED)
+        return stage
+
+    @property
+    def replication_error(self) -> str | None:
+        """What `query-xen-replication-status` answers: None, or QEMU's text."""
+        if self.stage is Stage.NONE:
+            return NOT_RUNNING
+        return IO_ERROR if self.error is not None else None
+
+    @property
+    def job(self) -> Job | None:
+        """The job of the present stage."""
+        return self._commit or self._backup
+
+    def check_start(self) -> None:
+        """The seed's checks of the graph, with its texts; StateError."""
+        if self.active.backing is None:
+            raise StateError("Active disk doesn't have backing file")
+        if self.hidden.backing is None:
+            raise StateError("Hidden disk doesn't have backing file")
+        if not self.active.size == self.hidden.size == self.secondary.size:
+            raise StateError("Active disk, hidden disk, secondary disk's length are not the same")
+
+    @asynccontextmanager
+    async def drained(self) -> AsyncIterator[None]:
+        """Nothing is in flight on this disk, and nothing begins, within the block."""
+        key = await self._ranges.acquire(0, EVERYTHING, True)
+        try:
+            yield
+        finally:
+            self._ranges.release(key)
+
+    async def make_empty(self) -> None:
+        """Let the view be the secondary disk as it is now. The active overlay goes first: dying
+        between the two leaves the last checkpoint, without the standby's writes since.
+
+        Raises StateError as QEMU words it; `error` keeps it until the next good checkpoint.
+        """
+        for overlay in (self.active, self.hidden):
+            try:
+                await overlay.make_empty()
+            except ImageUnsupportedError as exc:
+                raise StateError("Active disk or hidden disk doesn't support make_empty") from exc
+            except OSError as exc:
+                self.error = f"Failed to empty {overlay.name}: {exc.strerror}"
+                raise StateError(self.error) from exc
+
+    def checkpointed(self) -> None:
+        """The overlays are empty: a new checkpoint holds from here on."""
+        self.checkpoint_count += 1
+        self.checkpoint_time = time.time()
+        self.primary.bytes_written = 0
+        self.standby.bytes_written = 0
+        self.error = None
+        self._bus.emit("x-replnbd-checkpoint", device=self.name, count=self.checkpoint_count)
+
+    def run(self) -> None:
+        """Stage *running*: drained, with empty overlays."""
+        copy = CopyBeforeWrite(f"backup-{self.name}", self.secondary, self.hidden)
+        self._backup = BackupJob(f"backup-{self.name}", self._bus, copy, self._backup_ended)
+        self._jobs.add(self._backup)
+        self._backup.start()
+        self.primary.target = copy
+        self.standby.target = self.active
+        self.view_lost = False
+        self.error = None
+        self._set_stage(Stage.RUNNING)
+
+    async def stop(self) -> None:
+        """Stage *done* by a plain stop: drained, with empty overlays. The disk is the primary's
+        latest data; the standby's writes from now on stay in the active overlay."""
+        backup, self._backup = self._backup, None
+        self.primary.target = self.secondary
+        self.standby.target = self.active
+        self.view_lost = False
+        self.error = None
+        self._set_stage(Stage.DONE)
+        if backup is not None:
+            await backup.finish()
+
+    async def fail_over(self) -> None:
+        """Stage *failover*, or once more after a failed one: drained. The fence goes up before
+        anything else, and the commit begins."""
+        backup, self._backup = self._backup, None
+        self.promoted = True
+        self.error = None
+        self.primary.target = RefusingNode(
+            self.name, self.primary.size, errno.ESHUTDOWN, self.fence_reason
+        )
+        self.on_fence(self)
+        overlays = (self.active, self.hidden)
+        commit = CommitJob(
+            f"commit-{self.name}", self._bus, overlays, self.secondary, self._ranges,
+            self._commit_ended,
+        )  # fmt: skip
+        self.standby.target = SplitWriteNode(
+            self.top_id, overlays, self.secondary, commit.is_copied
+        )
+        self._jobs.add(commit)
+        self._commit = commit
+        self._set_stage(Stage.FAILOVER)
+        if backup is not None:
+            await backup.finish()
+        commit.start()
+
+    @property
+    def fence_reason(self) -> str:
+        """What a primary is told that still tries to use NAME after a failover."""
+        return f"'{self.name}' is fenced: the standby has taken over; 'reset' lifts the fence"
+
+    def uncommitted_bytes(self) -> int:
+        """Bytes in the overlays that a reset would throw away."""
+        if self.stage is Stage.DONE and self.promoted:
+            return 0
+        return self.active.allocated_bytes + self.hidden.allocated_bytes
+
+    def reset(self) -> None:
+        """Back to stage *none*: drained, with empty overlays. The fence comes down."""
+        self.primary.target = self.secondary
+        self.standby.target = self._not_started
+        self.promoted = False
+        self.view_lost = False
+        self.error = None
+        self.checkpoint_count = 0
+        self.checkpoint_time = None
+        self._set_stage(Stage.NONE)
+        self.on_unfence(self)
+
+    async def end_jobs(self) -> None:
+        """For an orderly end: the jobs stop where they are, and nothing else changes."""
+        commit, self._commit = self._commit, None
+        backup, self._backup = self._backup, None
+        if commit is not None:
+            await commit.cancel()
+        if backup is not None:
+            await backup.finish()
+
+    async def flush(self) -> None:
+        """Make everything durable: the overlays and the secondary disk."""
+        for node in (self.secondary, self.hidden, self.active):
+            await node.flush()
+
+    async def close(self) -> None:
+        """Close all nodes, top first. The jobs have ended, the exports are gone."""
+        for node in (self.active, self.hidden, self.secondary):
+            await node.close()
+
+    def _set_stage(self, stage: Stage) -> None:
+        previous, self.stage = self.stage, stage
+        if stage is not previous:
+            log.info("disk %s: stage %s -> %s", self.name, previous.value, stage.value)
+            self._bus.emit(
+                "x-replnbd-stage", device=self.name, previous=previous.value, stage=stage.value
+            )
+
+    def _backup_ended(self, job: BackupJob) -> None:
+        if self._backup is not job:
+            return  # the stage that needed it is over
+        # Cancelled by a user: from here on nothing keeps the checkpoint. The primary goes on, as
+        # with QEMU; the view is refused rather than shown wrong.
+        self._backup = None
+        self.view_lost = True
+        self.error = BACKUP_CANCELLED
+        self.primary.target = self.secondary
+        self.standby.target = RefusingNode(
+            self.top_id,
+            self.standby.size,
+            errno.EIO,
+            f"the view of '{self.name}' is lost: {BACKUP_CANCELLED}",
+        )
+        log.error("disk %s: %s: the standby's view is lost", self.name, BACKUP_CANCELLED)
+
+    def _commit_ended(self, job: CommitJob) -> None:
+        if self._commit is not job:
+            return  # an orderly end of the daemon
+        self._commit = None
+        if job.error is None:
+            # No drain: the overlays are empty, so both targets do the same from here on.
+            self.standby.target = self.secondary
+            self._follow(Command.COMMITTED)
+        else:
+            self.error = f"{job.id}: {job.error.strerror}"
+            self._follow(Command.COMMIT_FAILED)
+
+    def _follow(self, command: Command) -> None:
+        stage = next_stage_of(self.stage, command)
+        assert stage is not None
+        self._set_stage(stage)
