@@ -1,0 +1,235 @@
+"""The commands: name -> arguments and handler. Names, arguments and texts are QEMU's (qapi/),
+but for those that begin with x-replnbd.
+
+A handler gets the backend and the checked arguments, and returns the JSON value of `return`.
+What a client may be refused for whatever the backend, is refused here: a job, node or export
+that is not there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+from replnbd import __version__
+from replnbd.control.backend import Backend, JsonObject
+from replnbd.control.schema import Argument
+from replnbd.errors import ControlError
+
+Arguments = dict[str, Any]
+Handler = Callable[[Backend, Arguments], Awaitable[Any]]
+
+
+class Command(NamedTuple):
+    """`arguments` in the order in which they are checked."""
+
+    name: str
+    handler: Handler
+    arguments: Sequence[Argument] = ()
+
+
+COMMANDS: dict[str, Command] = {}
+"""All commands. A server given another table serves that one."""
+
+
+def _command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        assert name not in COMMANDS
+        COMMANDS[name] = Command(name, handler, arguments)
+        return handler
+
+    return register
+
+
+# Section: about this server
+
+
+def version() -> JsonObject:
+    """VersionInfo, for the greeting and `query-version`.
+
+    The member `qemu` is the shape clients know; its numbers are replnbd's own, and `package`
+    says so. A client that asks for a QEMU of some age finds one too old, rather than features
+    that are not there.
+    """
+    numbers = [int(digits) for digits in re.findall(r"\d+", __version__)]
+    major, minor, micro = (*numbers, 0, 0, 0)[:3]
+    return {
+        "qemu": {"micro": micro, "minor": minor, "major": major},
+        "package": f"replnbd {__version__}",
+    }
+
+
+@_command("query-version")
+async def query_version(backend: Backend, arguments: Arguments) -> JsonObject:
+    return version()
+
+
+@_command("query-commands")
+async def query_commands(backend: Backend, arguments: Arguments) -> list[JsonObject]:
+    return [{"name": name} for name in COMMANDS]
+
+
+@_command("qmp_capabilities", Argument("enable", list, optional=True, choices=("oob",)))
+async def qmp_capabilities(backend: Backend, arguments: Arguments) -> JsonObject:
+    # The session answers this one itself, the first time.
+    raise ControlError(
+        "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
+    )
+
+
+@_command("quit")
+async def quit_(backend: Backend, arguments: Arguments) -> JsonObject:
+    # The event comes before the reply, as from QEMU.
+    backend.events.emit("SHUTDOWN", guest=False, reason="host-qmp-quit")
+    await backend.quit()
+    return {}
+
+
+# Section: replication
+
+
+@_command(
+    "xen-set-replication",
+    Argument("enable", bool),
+    Argument("primary", bool),
+    Argument("failover", bool, optional=True),
+)
+async def xen_set_replication(backend: Backend, arguments: Arguments) -> JsonObject:
+    enable = arguments["enable"]
+    if enable and "failover" in arguments:
+        raise ControlError("Parameter 'failover' is only for stopping replication")
+    await backend.set_replication(enable, arguments["primary"], arguments.get("failover", False))
+    return {}
+
+
+@_command("query-xen-replication-status")
+async def query_xen_replication_status(backend: Backend, arguments: Arguments) -> JsonObject:
+    error = backend.replication_error()
+    return {"error": False} if error is None else {"error": True, "desc": error}
+
+
+@_command("xen-colo-do-checkpoint")
+async def xen_colo_do_checkpoint(backend: Backend, arguments: Arguments) -> JsonObject:
+    await backend.checkpoint()
+    return {}
+
+
+@_command("x-replnbd-reset", Argument("force", bool, optional=True))
+async def x_replnbd_reset(backend: Backend, arguments: Arguments) -> JsonObject:
+    await backend.reset(arguments.get("force", False))
+    return {}
+
+
+@_command("x-replnbd-status")
+async def x_replnbd_status(backend: Backend, arguments: Arguments) -> JsonObject:
+    return backend.status()
+
+
+# Section: jobs
+
+
+@_command("query-jobs")
+async def query_jobs(backend: Backend, arguments: Arguments) -> list[JsonObject]:
+    return backend.jobs()
+
+
+@_command("query-block-jobs")
+async def query_block_jobs(backend: Backend, arguments: Arguments) -> list[JsonObject]:
+    return backend.block_jobs()
+
+
+def _job_id(backend: Backend, arguments: Arguments) -> str:
+    job_id: str = arguments["id"]
+    if not _listed(backend.jobs(), "id", job_id):
+        raise ControlError("Job not found")
+    return job_id
+
+
+@_command("job-pause", Argument("id", str))
+async def job_pause(backend: Backend, arguments: Arguments) -> JsonObject:
+    await backend.job_pause(_job_id(backend, arguments))
+    return {}
+
+
+@_command("job-resume", Argument("id", str))
+async def job_resume(backend: Backend, arguments: Arguments) -> JsonObject:
+    await backend.job_resume(_job_id(backend, arguments))
+    return {}
+
+
+@_command("job-cancel", Argument("id", str))
+async def job_cancel(backend: Backend, arguments: Arguments) -> JsonObject:
+    await backend.job_cancel(_job_id(backend, arguments))
+    return {}
+
+
+@_command("block-job-set-speed", Argument("device", str), Argument("speed", int))
+async def block_job_set_speed(backend: Backend, arguments: Arguments) -> JsonObject:
+    job_id, speed_bytes = arguments["device"], arguments["speed"]
+    if not _listed(backend.jobs(), "id", job_id):
+        raise ControlError(f"Block job '{job_id}' not found", "DeviceNotActive")
+    if speed_bytes < 0:
+        raise ControlError("Parameter 'speed' expects a non-negative value")
+    await backend.set_speed(job_id, speed_bytes)
+    return {}
+
+
+# Section: nodes and exports
+
+
+@_command("query-named-block-nodes", Argument("flat", bool, optional=True))
+async def query_named_block_nodes(backend: Backend, arguments: Arguments) -> list[JsonObject]:
+    # `flat` leaves out what a node's image says of its backing chain; there is none of it here.
+    return backend.block_nodes()
+
+
+@_command("query-block-exports")
+async def query_block_exports(backend: Backend, arguments: Arguments) -> list[JsonObject]:
+    return backend.block_exports()
+
+
+@_command(
+    "nbd-server-add",
+    Argument("name", str, optional=True),
+    Argument("description", str, optional=True),
+    Argument("device", str),
+    Argument("writable", bool, optional=True),
+    Argument("bitmap", str, optional=True),
+)
+async def nbd_server_add(backend: Backend, arguments: Arguments) -> JsonObject:
+    device: str = arguments["device"]
+    if not _listed(backend.block_nodes(), "node-name", device):
+        raise ControlError(f"Cannot find device='{device}' nor node-name='{device}'")
+    if "bitmap" in arguments:  # no node here has bitmaps
+        raise ControlError(f"Bitmap '{arguments['bitmap']}' is not found")
+    await backend.nbd_server_add(
+        device,
+        arguments.get("name", device),
+        arguments.get("description"),
+        arguments.get("writable", False),
+    )
+    return {}
+
+
+@_command(
+    "nbd-server-remove",
+    Argument("name", str),
+    Argument("mode", str, optional=True, choices=("safe", "hard")),
+)
+async def nbd_server_remove(backend: Backend, arguments: Arguments) -> JsonObject:
+    name = arguments["name"]
+    if not _listed(backend.block_exports(), "id", name):
+        raise ControlError(f"Export '{name}' is not found")
+    await backend.nbd_server_remove(name, arguments.get("mode", "safe"))
+    return {}
+
+
+@_command("nbd-server-stop")
+async def nbd_server_stop(backend: Backend, arguments: Arguments) -> JsonObject:
+    await backend.nbd_server_stop()
+    return {}
+
+
+def _listed(objects: list[JsonObject], member: str, value: str) -> bool:
+    return any(item[member] == value for item in objects)

@@ -1,0 +1,166 @@
+"""The control socket: listening, its clients, and the way of events to all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from replnbd.control.backend import Backend
+from replnbd.control.commands import COMMANDS, Command
+from replnbd.control.session import Session
+from replnbd.control.wire import encode, error_message, event_message
+from replnbd.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+CLIENTS_MAX = 64
+"""A manager, a watcher and a few command lines at a time; QEMU's monitor takes one client."""
+
+_BACKLOG = 16
+
+
+class ControlServer:
+    """Serves QMP on a unix socket that only its owner (and root) may connect to."""
+
+    def __init__(
+        self, backend: Backend, path: str | Path, commands: Mapping[str, Command] = COMMANDS
+    ) -> None:
+        self._backend = backend
+        self.path = os.fspath(path)
+        self._commands = commands
+        self._sessions: dict[asyncio.Task[None], Session] = {}
+        self._server: asyncio.Server | None = None
+        self._identity: tuple[int, int] | None = None
+        self._unsubscribe: Callable[[], None] | None = None
+
+    async def start(self) -> None:
+        """Listen. Raises ConfigError, in one line, if the path cannot be used: another server
+        answers there, it is no socket, or the directory is not ours to write."""
+        assert self._server is None
+        listener = _bind(self.path)
+        try:
+            status = os.stat(self.path)
+            self._identity = (status.st_dev, status.st_ino)
+            self._server = await asyncio.start_unix_server(
+                self._accept, sock=listener, backlog=_BACKLOG
+            )
+        except BaseException:
+            listener.close()
+            raise
+        self._unsubscribe = self._backend.events.subscribe(self._on_event)
+        log.info("control: listening on %s", self.path)
+
+    async def close(self, timeout_s: float = 1.0) -> None:
+        """Stop listening, let commands end and clients read what was sent to them, for
+        `timeout_s` at most, then cut them off. The socket file is removed first."""
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        self._remove_socket()
+        server.close()
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        for session in tuple(self._sessions.values()):
+            session.stop()
+        if self._sessions:
+            await asyncio.wait(tuple(self._sessions), timeout=timeout_s)
+        for session in tuple(self._sessions.values()):
+            session.abort()
+        if self._sessions:
+            await asyncio.wait(tuple(self._sessions))
+        await server.wait_closed()
+
+    def _remove_socket(self) -> None:
+        try:
+            status = os.lstat(self.path)
+            # A socket that another server put in our file's place is not ours to remove.
+            if (status.st_dev, status.st_ino) == self._identity:
+                os.unlink(self.path)
+        except OSError as exc:
+            if exc.errno != errno.ENOENT:
+                log.warning("control: cannot remove %s: %s", self.path, exc.strerror)
+
+    # Section: loop callbacks
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:
+            writer.transport.abort()
+            return
+        if len(self._sessions) >= CLIENTS_MAX:
+            log.warning("control: %d clients already, refusing another", CLIENTS_MAX)
+            writer.write(encode(error_message(f"Too many clients, {CLIENTS_MAX} at most")))
+            writer.close()
+            return
+        session = Session(self._backend, self._commands, reader, writer)
+        task = session.start()
+        self._sessions[task] = session
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._sessions[task]
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("control: bug in a session", exc_info=exc)
+
+    def _on_event(self, name: str, data: dict[str, Any]) -> None:
+        if self._sessions:
+            line = encode(event_message(name, data))
+            for session in self._sessions.values():
+                session.send_event(line)
+
+
+def _bind(path: str) -> socket.socket:
+    """A bound socket that does not listen yet; a dead server's socket file gives way."""
+    try:
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as exc:
+        raise _unusable(path, exc) from exc
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Two daemons that start at once must not each remove the other's socket as a dead one.
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        _remove_stale(path)
+        listener.bind(path)
+        # Nobody can connect before listen(), so nobody connects before the mode is right.
+        os.chmod(path, 0o600)
+        listener.listen(_BACKLOG)
+    except OSError as exc:
+        listener.close()
+        raise _unusable(path, exc) from exc
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.close(directory)
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody listens on; ConfigError if someone does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            # What is no socket refuses too.
+            if os.path.exists(path) and not Path(path).is_socket():
+                raise ConfigError(
+                    f"control socket {path}: the file exists and is no socket"
+                ) from None
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # a live server whose backlog is full
+    raise ConfigError(f"control socket {path}: in use by another process, stop that one first")
+
+
+def _unusable(path: str, exc: OSError) -> ConfigError:
+    return ConfigError(f"control socket {path}: {exc.strerror or exc}")
