@@ -1,1 +1,30 @@
-"""(room to be built)"""
+"""The NBD server: asyncio around the protocol core of `replnbd.nbd`.
+
+    server = NbdServer(bus)
+    server.add_export(Export("disk0", node))
+    await server.listen("nbd://127.0.0.1:10809")
+    ...
+    await server.close()
+
+Words. A *batch* is what one `recv` brought: requests that are parsed, run and answered together.
+A request is *in flight* while its node operation is suspended; nearly all finish before that. A
+*slab* is a buffer with a count of operations that still use it. *Holding* means not parsing what
+arrived, because the peer does not read, too much is in flight, or the connection is to end. A
+*fence* refuses an export to everyone, with a reason.
+
+Laws.
+1. One batch, one `write`. No task, future, log line or copy for a request that does not suspend.
+2. A node gets valid requests only (`replnbd.nbd.validate`), and is driven eagerly.
+3. Bytes that an operation or the transport still uses are never overwritten: a slab is used anew
+   only when no operation holds it and the transport has sent everything.
+4. What one peer can make us hold is bounded: input, replies and operations (`connection.py` has
+   the numbers). A peer that does not read stops being read.
+5. An operation that began ends, whether its client is still there or not; only its reply is lost.
+6. A peer can end its own connection, and nothing else.
+"""
+
+from replnbd.server.export import Export, ExportStats
+from replnbd.server.listener import parse_listen_uri
+from replnbd.server.server import NbdServer
+
+__all__ = ["Export", "ExportStats", "NbdServer", "parse_listen_uri"]

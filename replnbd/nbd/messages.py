@@ -1,0 +1,132 @@
+"""The handshake's messages, described with construct and wrapped in plain Python at once.
+
+Option (16 bytes, then its data)            Option reply (20 bytes, then its data)
+    0  "IHAVEOPT"                               0  u64  magic 0x0003e889045565a9
+    8  u32  option                              8  u32  the option it answers
+   12  u32  length of the data                 12  u32  reply type
+                                               16  u32  length of the data
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from construct import (
+    Array,
+    Bytes,
+    Const,
+    ConstructError,
+    GreedyBytes,
+    Int16ub,
+    Int32ub,
+    Int64ub,
+    Struct,
+    Terminated,
+    this,
+)
+
+from replnbd.errors import ProtocolError
+from replnbd.nbd import constants as c
+
+GREETING = Struct(
+    "magic" / Const(c.MAGIC_INIT),
+    "option_magic" / Const(c.MAGIC_OPTION),
+    "handshake_flags" / Int16ub,
+)
+OPTION_HEADER = Struct(
+    "magic" / Const(c.MAGIC_OPTION),
+    "option" / Int32ub,
+    "length" / Int32ub,
+)
+OPTION_REPLY = Struct(
+    "magic" / Const(c.MAGIC_OPTION_REPLY, Int64ub),
+    "option" / Int32ub,
+    "reply" / Int32ub,
+    "length" / Int32ub,
+)
+INFO_REQUEST = Struct(
+    "name_length" / Int32ub,
+    "name" / Bytes(this.name_length),
+    "count" / Int16ub,
+    "requests" / Array(this.count, Int16ub),
+    Terminated,
+)
+SERVER_REPLY = Struct(
+    "name_length" / Int32ub,
+    "name" / Bytes(this.name_length),
+    "description" / GreedyBytes,
+)
+INFO_EXPORT = Struct(
+    "type" / Const(int(c.Info.EXPORT), Int16ub), "size" / Int64ub, "flags" / Int16ub
+)
+INFO_STRING = Struct("type" / Int16ub, "text" / GreedyBytes)
+INFO_BLOCK_SIZE = Struct(
+    "type" / Const(int(c.Info.BLOCK_SIZE), Int16ub),
+    "minimum" / Int32ub,
+    "preferred" / Int32ub,
+    "maximum" / Int32ub,
+)
+EXPORT_NAME_REPLY = Struct("size" / Int64ub, "flags" / Int16ub)
+
+assert GREETING.sizeof() == 18
+assert OPTION_HEADER.sizeof() == 16
+assert OPTION_REPLY.sizeof() == 20
+assert INFO_EXPORT.sizeof() == 12
+assert INFO_BLOCK_SIZE.sizeof() == 14
+assert EXPORT_NAME_REPLY.sizeof() == 10
+
+OPTION_HEADER_SIZE = 16
+INFO_REQUEST_BYTES_MAX = 4 + c.NAME_BYTES_MAX + 2 + 2 * 0xFFFF
+"""What INFO or GO can take at most; more cannot be valid, and is never buffered."""
+
+
+@dataclass(frozen=True, slots=True)
+class InfoRequest:
+    """The data of INFO and GO: which export, and what the client wants to know of it."""
+
+    name: str
+    requests: frozenset[int]
+
+
+def parse_option_header(header: bytes) -> tuple[int, int]:
+    """(option, length). ProtocolError if the magic is wrong: the peer is out of step."""
+    try:
+        fields = OPTION_HEADER.parse(header)
+    except ConstructError:
+        raise ProtocolError(
+            f"option magic is {header[:8].hex()}, not {c.MAGIC_OPTION.hex()}"
+        ) from None
+    return fields.option, fields.length
+
+
+def parse_info_request(payload: bytes) -> InfoRequest | str:
+    """The request, or why it is invalid."""
+    try:
+        fields = INFO_REQUEST.parse(payload)
+    except ConstructError:
+        return "the lengths in it do not fit the option's length"
+    name = decode_name(fields.name)
+    if name is None:
+        return f"the export name is longer than {c.NAME_BYTES_MAX} bytes, or not UTF-8"
+    return InfoRequest(name, frozenset(fields.requests))
+
+
+def decode_name(name: bytes) -> str | None:
+    """An export name from the wire, or None if it can be none."""
+    if len(name) > c.NAME_BYTES_MAX:
+        return None
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def option_reply(option: int, reply: c.OptionReply, payload: bytes = b"") -> bytes:
+    """One reply to an option."""
+    fields = {"option": option, "reply": int(reply), "length": len(payload)}
+    return bytes(OPTION_REPLY.build(fields)) + payload
+
+
+def option_error(option: int, reply: c.OptionReply, text: str) -> bytes:
+    """An error reply, with a text "suitable for display to the user" of legal length."""
+    return option_reply(option, reply, text.encode()[: c.NAME_BYTES_MAX])

@@ -1,0 +1,462 @@
+"""Connection: one client in the transmission phase. This file is the data path of the server.
+
+Life. SERVING: requests are parsed and run as they arrive. DRAINING (the client said DISC or shut
+its side down, the export goes away, the server stops): nothing is parsed any more, what is in
+flight ends and is answered, then the transport closes. CLOSED: the transport is gone; operations
+may still be in flight, and `closed` is set when the last has ended.
+
+Holding. While `_hold` is set nothing is parsed, and at the end of a batch reading stops too. It is
+set by whatever makes going on wrong, and `_release` clears it once none of that is true any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+from replnbd.block import Buffer
+from replnbd.events import EventBus
+from replnbd.nbd import (
+    REQUEST_SIZE,
+    SIMPLE_REPLY_SIZE,
+    pack_simple_reply,
+    pack_simple_reply_into,
+    request_error,
+    unpack_request,
+)
+from replnbd.nbd import constants as c
+from replnbd.nbd.constants import CMD_READ, CMD_WRITE, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC
+from replnbd.server.export import Export
+from replnbd.server.operations import operation
+from replnbd.server.resume import carry_on
+from replnbd.server.slabs import OUTBOX_BYTES, Inbox, Outbox, Slab
+
+log = logging.getLogger(__name__)
+
+# What one peer can make us hold: IN_FLIGHT_BYTES_MAX and one payload in operations, as much
+# again in their replies, UNSENT_BYTES_MAX and one payload in the transport, and the slabs that
+# IN_FLIGHT_MAX small operations pin at worst (one each, if everything between them was quick).
+
+IN_FLIGHT_MAX = 128
+"""Suspended operations of one connection: the Linux client's queue depth. QEMU allows 16."""
+
+IN_FLIGHT_BYTES_MAX = c.PAYLOAD_BYTES_MAX
+"""Payload bytes of suspended operations: at least one of the largest must fit."""
+
+UNSENT_BYTES_MAX = 2 << 20
+"""Reply bytes that the peer has not read, before we stop reading from it."""
+
+BATCH_REQUESTS_MAX = 1024
+"""Requests run in one turn of the loop: some 3 ms, then other connections have theirs."""
+
+WHOLE_PAYLOAD_MAX = 32 * 1024
+"""A WRITE up to this waits in the inbox until its payload is complete (and may be moved there,
+at 20 GB/s); a larger one gets a buffer of its own."""
+
+PACKED_READ_MAX = OUTBOX_BYTES // 4
+"""A READ up to this has its reply packed into the outbox; a larger one gets a buffer."""
+
+LINGER_S = 10.0
+"""How long a closing connection waits for the peer to read its last replies."""
+
+
+class State(Enum):
+    """The life of a connection, see above."""
+
+    SERVING = auto()
+    DRAINING = auto()
+    CLOSED = auto()
+
+
+class Request(NamedTuple):
+    """A request off the common path."""
+
+    flags: int
+    command: int
+    cookie: int
+    offset: int
+    length: int
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Serves one client. The handshake makes it, and hands the transport over with `start`."""
+
+    def __init__(
+        self,
+        export: Export,
+        peer: str,
+        bus: EventBus,
+        on_closed: Callable[[Connection], None],
+    ) -> None:
+        self.export = export
+        self.peer = peer
+        self.state = State.SERVING
+        self.closed = asyncio.Event()
+        self._bus = bus
+        self._on_closed = on_closed
+        self._loop = asyncio.get_running_loop()
+        # As negotiated: a client is held to what it was told.
+        self._size = export.node.size
+        self._flags = export.transmission_flags
+        self._writable = export.writable
+        # Flow
+        self._hold = False
+        self._write_paused = False
+        self._reading_paused = False
+        # Operations in flight
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_flight = 0
+        self._in_flight_bytes = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._linger: asyncio.TimerHandle | None = None
+        # Buffers
+        self._inbox = Inbox()
+        self._incomplete: Request | None = None
+
+    # Section: the transport's callbacks
+
+    def start(self, transport: asyncio.Transport, early: bytes, *, write_paused: bool) -> None:
+        """Take over a transport whose handshake is done; `early` are bytes received after it."""
+        self._transport = transport
+        self._outbox = Outbox(transport)
+        transport.set_write_buffer_limits(high=UNSENT_BYTES_MAX)
+        self.export.connections.add(self)
+        if write_paused:
+            self.pause_writing()
+        transport.set_protocol(self)
+        if early:
+            self._inbox.get_buffer()[: len(early)] = early
+            self.buffer_updated(len(early))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._inbox.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        # What comes while DRAINING is dropped: "A client MUST NOT send anything after DISC".
+        if self.state is State.SERVING and self._inbox.received(nbytes):
+            self._run()
+
+    def eof_received(self) -> bool:
+        """The client will send no more; it may still want its answers, as after DISC."""
+        self.finish()
+        return True  # we close the transport ourselves
+
+    def pause_writing(self) -> None:
+        self._write_paused = self._hold = True
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        if self._hold:
+            # Not at once: some transports call this from within write().
+            self._loop.call_soon(self._release)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            log.info("%s: connection to export %s lost: %s", self.peer, self.export.name, exc)
+        if self._linger is not None:
+            self._linger.cancel()
+        self.state = State.CLOSED
+        self._hold = True
+        self.export.connections.discard(self)
+        if not self._in_flight:
+            self._end()
+
+    # Section: ending
+
+    def finish(self) -> None:
+        """Parse nothing more, answer what is in flight, then close. Returns at once."""
+        if self.state is State.SERVING:
+            self.state = State.DRAINING
+            self._hold = True
+            self._stop_reading()
+            if not self._in_flight:
+                self._close()
+
+    def abort(self) -> None:
+        """Drop the client now, without its replies. Operations in flight still end."""
+        self._transport.abort()
+
+    async def wait_idle(self) -> None:
+        """Wait until no operation is in flight; after `finish` none begins again."""
+        await self._idle.wait()
+
+    def _close(self) -> None:
+        self._outbox.flush()
+        self._transport.close()
+        self._linger = self._loop.call_later(LINGER_S, self._transport.abort)
+
+    def _end(self) -> None:
+        self.closed.set()
+        self._on_closed(self)
+
+    def _protocol_error(self, what: str) -> None:
+        log.info("%s: closed, export %s: %s", self.peer, self.export.name, what)
+        self.finish()
+
+    def _stop_reading(self) -> None:
+        if not self._reading_paused and not self._transport.is_closing():
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    # Section: batches
+
+    def _release(self) -> None:
+        """Go on parsing, if nothing forbids it any more."""
+        if (
+            self._hold
+            and self.state is State.SERVING
+            and not self._write_paused
+            and self._in_flight < IN_FLIGHT_MAX
+            and self._in_flight_bytes < IN_FLIGHT_BYTES_MAX
+        ):
+            self._hold = False
+            self._run()
+
+    def _run(self) -> None:
+        """One batch: run all complete requests, send their replies, get ready to receive."""
+        self._outbox.begin()
+        payload = self._inbox.take_payload()
+        if payload is not None:
+            request, self._incomplete = self._incomplete, None
+            assert request is not None
+            self._start(request, payload, None)
+        if self._inbox.payload is None:
+            self._parse()
+        self._outbox.flush()
+        if self._hold:
+            self._stop_reading()
+            return
+        self._inbox.settle()
+        if self._reading_paused and not self._transport.is_closing():
+            self._reading_paused = False
+            self._transport.resume_reading()
+
+    def _parse(self) -> None:
+        """The loop that everything is about: plain READs and WRITEs run here, in line."""
+        inbox, outbox, node, size = self._inbox, self._outbox, self.export.node, self._size
+        received = inbox.slab
+        reads = writes = bytes_read = bytes_written = 0
+        for _ in range(BATCH_REQUESTS_MAX):
+            start, end = inbox.start, inbox.end
+            if end - start < REQUEST_SIZE or self._hold:
+                break
+            magic, flags, command, cookie, offset, length = unpack_request(received.buffer, start)
+            body = start + REQUEST_SIZE
+            plain = not flags and magic == REQUEST_MAGIC and offset + length <= size
+            if plain and command == CMD_READ and 0 < length <= PACKED_READ_MAX:
+                reply_size = SIMPLE_REPLY_SIZE + length
+            elif plain and command == CMD_WRITE and self._writable and 0 < length <= end - body:
+                reply_size = SIMPLE_REPLY_SIZE
+            elif self._uncommon(magic, Request(flags, command, cookie, offset, length)):
+                continue
+            else:
+                break
+            if outbox.at + reply_size > OUTBOX_BYTES:
+                outbox.turn()
+                if self._hold:  # the peer does not read: this request waits in the inbox
+                    break
+            at = outbox.at
+            reply = outbox.slab
+            if command == CMD_READ:
+                inbox.start = body
+                running = node.pread(offset, reply.view[at + SIMPLE_REPLY_SIZE : at + reply_size])
+            else:
+                inbox.start = body + length
+                running = node.pwrite(offset, received.view[body : body + length])
+            try:
+                waiting = running.send(None)
+            except StopIteration:
+                pack_simple_reply_into(reply.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
+                outbox.at = at + reply_size
+                if command == CMD_READ:
+                    reads += 1
+                    bytes_read += length
+                else:
+                    writes += 1
+                    bytes_written += length
+            except (Exception, asyncio.CancelledError) as exc:
+                self._put(
+                    self._error_of(exc, Request(flags, command, cookie, offset, length)), cookie
+                )
+            else:
+                request = Request(flags, command, cookie, offset, length)
+                if command == CMD_READ:
+                    self._carry(running, waiting, request, outbox.lend(at + reply_size), reply)
+                else:
+                    self._carry(running, waiting, request, None, received)
+        else:
+            self._hold = True
+            self._loop.call_soon(self._release)
+        stats = self.export.stats
+        stats.reads += reads
+        stats.bytes_read += bytes_read
+        stats.writes += writes
+        stats.bytes_written += bytes_written
+
+    def _put(self, error: int, cookie: int) -> None:
+        """Pack a reply without payload into the outbox."""
+        outbox = self._outbox
+        if outbox.at + SIMPLE_REPLY_SIZE > OUTBOX_BYTES:
+            outbox.turn()
+        pack_simple_reply_into(outbox.slab.buffer, outbox.at, SIMPLE_REPLY_MAGIC, error, cookie)
+        outbox.at += SIMPLE_REPLY_SIZE
+
+    # Section: requests off the common path
+
+    def _uncommon(self, magic: int, request: Request) -> bool:
+        """Run or refuse any request at inbox.start. False: the rest of it has to arrive first."""
+        inbox = self._inbox
+        if magic != REQUEST_MAGIC:
+            self._protocol_error(f"request magic is {magic:#010x}, not {REQUEST_MAGIC:#010x}")
+            return False
+        flags, command, cookie, offset, length = request
+        if command == c.CMD_DISC:
+            self.finish()
+            return False
+        error = request_error(flags, command, offset, length, self._size, self._flags)
+        payload: memoryview | None = None
+        if command == CMD_WRITE and not error:
+            start = inbox.start + REQUEST_SIZE
+            if length <= inbox.end - start:
+                payload = inbox.slab.view[start : start + length]
+                inbox.start = start + length
+            elif length <= WHOLE_PAYLOAD_MAX:
+                return False
+            else:
+                inbox.start = start
+                inbox.expect(length)
+                self._incomplete = request
+                return False
+        else:
+            inbox.start += REQUEST_SIZE
+        if error or (not length and command != c.CMD_FLUSH):
+            self._put(error, cookie)
+            if error and command == CMD_WRITE:
+                return self._refuse_payload(length)
+            return True
+        self._start(request, payload, inbox.slab)
+        return True
+
+    def _refuse_payload(self, length: int) -> bool:
+        """A WRITE was refused: its payload is coming all the same."""
+        if length > c.PAYLOAD_BYTES_MAX:
+            # Nobody should have to read 4 GiB to hear of the next request.
+            self._protocol_error(f"WRITE of {length} bytes, more than {c.PAYLOAD_BYTES_MAX}")
+            return False
+        self._inbox.skip(length)
+        return True
+
+    def _start(self, request: Request, payload: Buffer | None, received: Slab | None) -> None:
+        """Run a valid request. `received`: the slab that `payload` is a slice of, if it is."""
+        reply: memoryview | None = None
+        if request.command == CMD_READ:
+            reply = memoryview(bytearray(SIMPLE_REPLY_SIZE + request.length))
+        running = operation(self.export.node, request, payload, reply)
+        try:
+            waiting = running.send(None)
+        except StopIteration:
+            self._succeeded(request)
+            if reply is None:
+                self._put(0, request.cookie)
+            else:
+                self._send(reply, request.cookie)
+        except (Exception, asyncio.CancelledError) as exc:
+            self._put(self._error_of(exc, request), request.cookie)
+        else:
+            self._carry(running, waiting, request, reply, None if payload is None else received)
+
+    def _send(self, reply: memoryview, cookie: int) -> None:
+        pack_simple_reply_into(reply, 0, SIMPLE_REPLY_MAGIC, 0, cookie)
+        self._transport.write(reply)
+
+    # Section: operations that have suspended
+
+    def _carry(
+        self,
+        running: Coroutine[Any, Any, None],
+        waiting: Any,  # noqa: ANN401 - what the loop's futures yield
+        request: Request,
+        reply: memoryview | None,
+        slab: Slab | None,
+    ) -> None:
+        """Let a task carry on an operation that uses `slab`; `reply` is a READ's place."""
+        if slab is not None:
+            slab.users += 1
+        self._in_flight += 1
+        self._idle.clear()
+        if request.command in (CMD_READ, CMD_WRITE):
+            self._in_flight_bytes += request.length
+        if self._in_flight >= IN_FLIGHT_MAX or self._in_flight_bytes >= IN_FLIGHT_BYTES_MAX:
+            self._hold = True
+        task = self._loop.create_task(self._complete(running, waiting, request, reply, slab))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _complete(
+        self,
+        running: Coroutine[Any, Any, None],
+        waiting: Any,  # noqa: ANN401
+        request: Request,
+        reply: memoryview | None,
+        slab: Slab | None,
+    ) -> None:
+        error = 0
+        try:
+            await carry_on(running, waiting)
+        except (Exception, asyncio.CancelledError) as exc:
+            error = self._error_of(exc, request)
+        else:
+            self._succeeded(request)
+        if slab is not None:
+            slab.users -= 1
+        self._in_flight -= 1
+        if request.command in (CMD_READ, CMD_WRITE):
+            self._in_flight_bytes -= request.length
+        if self.state is not State.CLOSED and not self._transport.is_closing():
+            if reply is None or error:
+                self._transport.write(pack_simple_reply(error, request.cookie))
+            else:
+                self._send(reply, request.cookie)
+        if not self._in_flight:
+            self._idle.set()
+            if self.state is State.DRAINING:
+                self._close()
+            elif self.state is State.CLOSED:
+                self._end()
+        if self._hold:
+            self._release()
+
+    def _succeeded(self, request: Request) -> None:
+        stats, command, length = self.export.stats, request.command, request.length
+        if command == CMD_READ:
+            stats.reads += 1
+            stats.bytes_read += length
+        elif command == CMD_WRITE:
+            stats.writes += 1
+            stats.bytes_written += length
+        elif command == c.CMD_FLUSH:
+            stats.flushes += 1
+        else:
+            stats.zeroes += 1
+            stats.bytes_zeroed += length
+
+    def _error_of(self, exc: BaseException, request: Request) -> int:
+        """The wire error for what an operation raised."""
+        if isinstance(exc, OSError):
+            return self.export.report_error(exc, request.command, request.flags, self._bus)
+        # A bug of ours, or a cancelled operation: the client gets an answer, the log the truth.
+        self.export.stats.errors += 1
+        log.error(
+            "export %s: %s at %d, length %d: bug in node %s",
+            self.export.name,
+            c.command_name(request.command),
+            request.offset,
+            request.length,
+            self.export.node.name,
+            exc_info=exc,
+        )
+        return c.EIO

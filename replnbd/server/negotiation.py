@@ -1,0 +1,140 @@
+"""Negotiation: a client in the handshake. Feeds the protocol core, and hands over or hangs up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import cast
+
+from replnbd.errors import ProtocolError
+from replnbd.nbd import ExportDirectory, ExportOffer, Handshake
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 10.0
+"""QEMU's handshake-max-seconds (CVE-2024-7409: clients that never finish)."""
+
+_RECEIVE_BYTES = 8192
+
+
+class Negotiation(asyncio.BufferedProtocol):
+    """One client until it has chosen an export."""
+
+    def __init__(
+        self,
+        directory: ExportDirectory,
+        serial: int,
+        on_chosen: Callable[[Negotiation, ExportOffer], None],
+        on_closed: Callable[[Negotiation], None],
+        *,
+        timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ) -> None:
+        self._handshake = Handshake(directory)
+        self._serial = serial
+        self._on_chosen = on_chosen
+        self._on_closed = on_closed
+        self._timeout_s = timeout_s
+        self._buffer = memoryview(bytearray(_RECEIVE_BYTES))
+        self._reading_paused = False
+        self.peer = f"client {serial}"
+        self.write_paused = False
+        self.transport: asyncio.Transport | None = None
+
+    @property
+    def early(self) -> bytes:
+        """What arrived after the handshake's end."""
+        return self._handshake.unconsumed
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # A cast, because uvloop's transports derive from nothing of asyncio's.
+        self.transport = cast(asyncio.Transport, transport)
+        self.peer = f"client {self._serial} ({_address(self.transport)})"
+        _tune(self.transport)
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(self._timeout_s, self._expired)
+        log.debug("%s: connected", self.peer)
+        self._advance()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._handshake.receive(self._buffer[:nbytes])
+        self._advance()
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        asyncio.get_running_loop().call_soon(self._advance)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        self.transport = None
+        log.debug("%s: left in the handshake", self.peer)
+        self._on_closed(self)
+
+    def close(self) -> None:
+        """Hang up, after what is to be sent already."""
+        if self.transport is not None:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Hang up at once."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _expired(self) -> None:
+        log.info("%s: no export chosen within %g s: closed", self.peer, self._timeout_s)
+        self.abort()
+
+    def _advance(self) -> None:
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        try:
+            while not self.write_paused and (reply := self._handshake.advance()) is not None:
+                transport.write(reply)
+        except ProtocolError as exc:
+            log.info("%s: closed in the handshake: %s", self.peer, exc)
+            transport.close()
+            return
+        outcome = self._handshake.outcome
+        if outcome is None:
+            self._read_if(not self.write_paused)
+        elif outcome.export is None:
+            log.info("%s: closed in the handshake: %s", self.peer, outcome.reason)
+            transport.close()  # the deadline still runs, for who does not read the last reply
+        else:
+            self._deadline.cancel()
+            self._read_if(True)
+            self._on_chosen(self, outcome.export)
+
+    def _read_if(self, wanted: bool) -> None:
+        """Read from the client only while it reads from us."""
+        assert self.transport is not None
+        if wanted and self._reading_paused:
+            self.transport.resume_reading()
+        elif not wanted and not self._reading_paused:
+            self.transport.pause_reading()
+        self._reading_paused = not wanted
+
+
+def _address(transport: asyncio.Transport) -> str:
+    address = transport.get_extra_info("peername")
+    if isinstance(address, tuple) and len(address) >= 2:
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return "unix"
+
+
+def _tune(transport: asyncio.Transport) -> None:
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        # A reply is complete when it is sent: waiting to fill a segment only adds latency.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A peer whose host vanished must not keep its connection for ever.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,0 +1,228 @@
+"""NbdServer: exports, listeners and clients."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from replnbd.errors import StateError
+from replnbd.events import EventBus
+from replnbd.nbd import ExportOffer
+from replnbd.server.connection import Connection
+from replnbd.server.export import Export
+from replnbd.server.listener import BoundSocket, bind_uri
+from replnbd.server.negotiation import HANDSHAKE_TIMEOUT_S, Negotiation
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX = 1024
+"""Clients at a time, handshakes included. QEMU's default is 100; ours costs 0.5 MiB each at most
+while it is idle, and cluster tools open several per disk."""
+
+
+class NbdServer:
+    """Serves exports to clients. Flushing and closing the nodes is their owner's business."""
+
+    def __init__(
+        self,
+        bus: EventBus,
+        *,
+        connections_max: int = CONNECTIONS_MAX,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ) -> None:
+        self._bus = bus
+        self._connections_max = connections_max
+        self._handshake_timeout_s = handshake_timeout_s
+        self._exports: dict[str, Export] = {}
+        self._listeners: list[tuple[asyncio.AbstractServer, BoundSocket]] = []
+        self._negotiations: set[Negotiation] = set()
+        self._connections: set[Connection] = set()
+        self._serial = 0
+        self._refused = 0
+        self._closed = False
+
+    # Section: what there is
+
+    @property
+    def exports(self) -> Mapping[str, Export]:
+        """All exports by name, fenced ones too."""
+        return MappingProxyType(self._exports)
+
+    @property
+    def connections(self) -> frozenset[Connection]:
+        """All clients in the transmission phase, and those whose operations are still ending."""
+        return frozenset(self._connections)
+
+    @property
+    def uris(self) -> list[str]:
+        """Where it listens, with actual addresses and ports."""
+        return [bound.uri for _, bound in self._listeners]
+
+    # Section: exports
+
+    def add_export(self, export: Export) -> None:
+        """Offer an export from now on. StateError (QEMU's text) if the name is taken."""
+        if export.name in self._exports:
+            raise StateError(f"NBD server already has export named '{export.name}'")
+        self._exports[export.name] = export
+
+    async def remove_export(
+        self, name: str, mode: Literal["safe", "hard"] = "safe", *, timeout_s: float = 1.0
+    ) -> None:
+        """Take an export away. When this returns no operation of its clients is in flight.
+
+        safe: StateError (QEMU's text) if it has clients. hard: they are disconnected, as `fence`
+        does. StateError if there is no such export.
+        """
+        export = self._find(name)
+        if mode == "safe" and export.connections:
+            raise StateError(f"export '{name}' still in use")
+        del self._exports[name]
+        await self._disconnect(export, timeout_s)
+
+    async def fence(self, name: str, reason: str, *, timeout_s: float = 1.0) -> None:
+        """Refuse an export to everyone until `unfence`: new clients are told `reason`, present
+        ones are disconnected. When this returns no operation of theirs is in flight.
+
+        `timeout_s` bounds the wait for clients to read their last replies, not for operations.
+        """
+        export = self._find(name)
+        export.refusal = reason
+        await self._disconnect(export, timeout_s)
+
+    def unfence(self, name: str) -> None:
+        """Let clients use the export again."""
+        self._find(name).refusal = None
+
+    def _find(self, name: str) -> Export:
+        try:
+            return self._exports[name]
+        except KeyError:
+            raise StateError(f"Export '{name}' is not found") from None
+
+    async def _disconnect(self, export: Export, timeout_s: float) -> None:
+        leaving = [each for each in self._connections if each.export is export]
+        for connection in leaving:
+            connection.finish()
+        for connection in leaving:
+            await connection.wait_idle()
+        if not await _all_closed(leaving, timeout_s):
+            for connection in leaving:
+                if not connection.closed.is_set():
+                    connection.abort()
+            await _all_closed(leaving, None)
+
+    # Section: ExportDirectory, for the handshake
+
+    def offers(self) -> Iterable[ExportOffer]:
+        """What LIST shows, in the order the exports were added."""
+        return [export.offer() for export in self._exports.values()]
+
+    def offer(self, name: str) -> ExportOffer | None:
+        """What INFO and GO show."""
+        export = self._exports.get(name)
+        return None if export is None else export.offer()
+
+    # Section: listeners and clients
+
+    async def listen(self, uri: str) -> list[str]:
+        """Accept clients at an NBD URI; returns the actual URIs (port 0, several addresses).
+
+        Raises ConfigError, naming the URI, if that cannot be.
+        """
+        if self._closed:
+            raise StateError("NBD server not running")
+        loop = asyncio.get_running_loop()
+        bound = await bind_uri(uri)
+        for each in bound:
+            if each.path is None:
+                listener: asyncio.AbstractServer = await loop.create_server(
+                    self._new_client, sock=each.sock
+                )
+            else:
+                listener = await loop.create_unix_server(self._new_client, sock=each.sock)
+            self._listeners.append((listener, each))
+            log.info("listening on %s", each.uri)
+        return [each.uri for each in bound]
+
+    def _new_client(self) -> asyncio.BaseProtocol:
+        if len(self._negotiations) + len(self._connections) >= self._connections_max:
+            self._refused += 1
+            if self._refused & (self._refused - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+                log.warning(
+                    "%d clients connected, the most allowed: refused %d so far",
+                    self._connections_max,
+                    self._refused,
+                )
+            return _Refusal()
+        self._serial += 1
+        negotiation = Negotiation(
+            self,
+            self._serial,
+            self._begin_transmission,
+            self._negotiations.discard,
+            timeout_s=self._handshake_timeout_s,
+        )
+        self._negotiations.add(negotiation)
+        return negotiation
+
+    def _begin_transmission(self, negotiation: Negotiation, offer: ExportOffer) -> None:
+        transport = negotiation.transport
+        assert transport is not None
+        self._negotiations.discard(negotiation)
+        export = self._exports[offer.name]
+        connection = Connection(export, negotiation.peer, self._bus, self._connections.discard)
+        self._connections.add(connection)
+        log.info("%s: uses export %s", negotiation.peer, export.name)
+        connection.start(transport, negotiation.early, write_paused=negotiation.write_paused)
+
+    # Section: the end
+
+    async def close(self, *, timeout_s: float = 3.0) -> None:
+        """Stop: no new clients, operations in flight end and are answered, then all is closed.
+
+        Who does not read its replies by `timeout_s` is dropped. An operation that has not ended
+        by then goes on; the log says how many.
+        """
+        self._closed = True
+        for listener, bound in self._listeners:
+            listener.close()
+            bound.unlink()
+        self._listeners.clear()
+        for negotiation in tuple(self._negotiations):
+            negotiation.abort()
+        leaving = tuple(self._connections)
+        for connection in leaving:
+            connection.finish()
+        if await _all_closed(leaving, timeout_s):
+            return
+        for connection in leaving:
+            if not connection.closed.is_set():
+                connection.abort()
+        if not await _all_closed(leaving, 0.1):
+            stuck = sum(not connection.closed.is_set() for connection in leaving)
+            log.warning("closed while operations of %d clients had not ended", stuck)
+
+
+class _Refusal(asyncio.Protocol):
+    """A client too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+async def _all_closed(connections: Iterable[Connection], timeout_s: float | None) -> bool:
+    """Whether all of them are closed, after at most `timeout_s`."""
+
+    async def wait() -> None:
+        for connection in connections:
+            await connection.closed.wait()
+
+    try:
+        await asyncio.wait_for(wait(), timeout_s)
+    except TimeoutError:
+        return False
+    return True

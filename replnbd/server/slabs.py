@@ -1,0 +1,146 @@
+"""The buffers of a connection: Inbox, where requests land, and Outbox, where replies are packed.
+
+Both hand out slices of a slab and go on behind them; the slab is used from its start again when
+nothing holds a slice. So the common batch costs no allocation and no copy, and an operation that
+suspends keeps its bytes without anybody having foreseen it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+INBOX_BYTES = 256 * 1024
+"""More than the kernel's default for a unix socket, so that one recv empties it."""
+
+OUTBOX_BYTES = 256 * 1024
+"""Replies to 63 reads of 4 KiB; beyond it a batch takes more than one write."""
+
+_ROOM_MIN = INBOX_BYTES // 4  # with less behind lent slices, take a new slab
+
+
+class Slab:
+    """A buffer, and how many suspended operations have slices of it."""
+
+    __slots__ = ("buffer", "users", "view")
+
+    def __init__(self, size: int) -> None:
+        self.buffer = bytearray(size)
+        self.view = memoryview(self.buffer)
+        self.users = 0
+
+
+class Inbox:
+    """Received bytes: `slab.buffer[start:end]` is not parsed yet.
+
+    A WRITE's payload that has not arrived in full may get a buffer of its own (`expect`): then
+    the rest lands there, in place. Bytes nobody wants are dropped as they come (`skip`).
+    """
+
+    __slots__ = ("_filled", "_skipping", "end", "payload", "slab", "start")
+
+    def __init__(self) -> None:
+        self.slab = Slab(INBOX_BYTES)
+        self.start = 0
+        self.end = 0
+        self.payload: memoryview | None = None
+        self._filled = 0
+        self._skipping = 0
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go; never empty after `settle`."""
+        if self.payload is not None:
+            return self.payload[self._filled :]
+        return self.slab.view[self.end :]
+
+    def received(self, count: int) -> bool:
+        """`count` bytes are there. Whether there may be something to parse or a payload to use."""
+        if self.payload is not None:
+            self._filled += count
+            return self._filled == len(self.payload)
+        self.end += count
+        if self._skipping:
+            self.skip(0)
+        return True
+
+    def expect(self, length: int) -> None:
+        """Take `length` bytes from `start` on as a payload, of which some have not arrived."""
+        payload = memoryview(bytearray(length))
+        self._filled = self.end - self.start
+        payload[: self._filled] = self.slab.view[self.start : self.end]
+        self.payload = payload
+        self.start = self.end
+
+    def take_payload(self) -> memoryview | None:
+        """The expected payload, if it is complete; then nothing is expected any more."""
+        payload = self.payload
+        if payload is None or self._filled < len(payload):
+            return None
+        self.payload = None
+        return payload
+
+    def skip(self, length: int) -> None:
+        """Drop `length` more bytes, now and as they arrive."""
+        self._skipping += length
+        dropped = min(self._skipping, self.end - self.start)
+        self._skipping -= dropped
+        self.start += dropped
+
+    def settle(self) -> None:
+        """After a batch: make room behind `end`, without touching lent slices."""
+        slab, start, end = self.slab, self.start, self.end
+        if not slab.users:
+            if start:
+                if start != end:
+                    slab.view[: end - start] = slab.view[start:end]
+                self.start, self.end = 0, end - start
+        elif INBOX_BYTES - end < _ROOM_MIN:
+            fresh = Slab(INBOX_BYTES)
+            fresh.view[: end - start] = slab.view[start:end]
+            self.slab = fresh
+            self.start, self.end = 0, end - start
+
+
+class Outbox:
+    """Replies, packed side by side: `slab.buffer[start:at]` is not written yet.
+
+    Who packs a reply writes it at `at` and moves `at`; a suspended READ leaves a hole for its
+    reply (`lend`), which is written on its own when it is ready.
+    """
+
+    __slots__ = ("_start", "_transport", "at", "slab")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.slab = Slab(OUTBOX_BYTES)
+        self.at = 0
+        self._start = 0
+
+    def begin(self) -> None:
+        """Before a batch: use the slab from its start again, if everything in it has been sent."""
+        if self.at and not self.slab.users and not self._transport.get_write_buffer_size():
+            self.at = self._start = 0
+
+    def flush(self) -> None:
+        """Write what is packed. May call the protocol's pause_writing."""
+        at = self.at
+        if at > self._start:
+            self._transport.write(self.slab.view[self._start : at])
+            self._start = at
+
+    def turn(self) -> None:
+        """The slab is full: write it, and start on a fresh one."""
+        self.flush()
+        self.begin()
+        if self.at:
+            self.slab = Slab(OUTBOX_BYTES)
+            self.at = self._start = 0
+
+    def lend(self, end: int) -> memoryview:
+        """The reply from `at` to `end` comes later: write what is before it, go on behind it.
+
+        The caller counts itself as a user of the slab for as long as it uses the reply's bytes.
+        """
+        at = self.at
+        self.flush()
+        self.at = self._start = end
+        return self.slab.view[at:end]
