@@ -1,0 +1,38 @@
+"""Peers: the real programs and the small clients that tests drive replnbd and QEMU with.
+
+    Disk           the files of one replicated disk; `qemu_img` makes and checks them
+    NbdClient      a synchronous NBD client in plain Python: no libnbd between a test and the bytes
+    QmpClient      a synchronous QMP client: every answer as it came, events kept
+    Process        a child process that is always killed, with its stderr in every failure
+    QemuSecondary  QEMU 7.2 with its own replication filter: the oracle
+    ReplnbdDaemon  `replnbd serve` on a configuration of the test
+
+Everything here is synchronous and takes deadlines in seconds; nothing imports replnbd, so that
+what judges the code shares none of it.
+"""
+
+from peers.disk import Disk, DiskFormat, qemu_img
+from peers.nbd_client import NbdClient, NbdExport, NbdReplyError, list_exports
+from peers.process import PeerError, Process, wait_until
+from peers.qemu import QemuDisk, QemuSecondary
+from peers.qmp_client import Answer, QmpClient
+from peers.replnbd import ReplnbdDaemon, ReplnbdDisk
+
+__all__ = [
+    "Answer",
+    "Disk",
+    "DiskFormat",
+    "NbdClient",
+    "NbdExport",
+    "NbdReplyError",
+    "PeerError",
+    "Process",
+    "QemuDisk",
+    "QemuSecondary",
+    "QmpClient",
+    "ReplnbdDaemon",
+    "ReplnbdDisk",
+    "list_exports",
+    "qemu_img",
+    "wait_until",
+]

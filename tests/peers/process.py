@@ -1,0 +1,119 @@
+"""Child processes that never outlive their test, and waiting with a deadline."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class PeerError(AssertionError):
+    """A peer did not start, died, broke its protocol or missed a deadline."""
+
+
+def wait_until(
+    condition: Callable[[], bool], what: str, *, timeout_s: float = 30.0, interval_s: float = 0.005
+) -> None:
+    """Poll until `condition()` holds; PeerError naming `what` when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise PeerError(f"{what}: not within {timeout_s:g} s")
+        time.sleep(interval_s)
+
+
+def _prepare_child() -> None:
+    # A test run that is killed with SIGKILL runs no fixture: the kernel ends its peers instead.
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # For limit_file_size: a write beyond it must fail with EFBIG, not end the process.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+class Process:
+    """A running program; stdout and stderr go to `log`, which every failure quotes."""
+
+    def __init__(self, argv: Sequence[str], *, log: Path, cwd: Path | None = None) -> None:
+        self.argv = list(argv)
+        self.log = log
+        with log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+                preexec_fn=_prepare_child,
+            )
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._popen.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not exited yet."""
+        return self._popen.poll() is None
+
+    def wait_for_socket(self, path: Path, *, timeout_s: float = 30.0) -> None:
+        """Until `path` exists; PeerError with the log when the process dies first."""
+
+        try:
+            wait_until(
+                lambda: path.exists() or not self.running, f"socket {path}", timeout_s=timeout_s
+            )
+        except PeerError as exc:
+            raise PeerError(self.failure(str(exc))) from None
+        if not path.exists():
+            raise PeerError(self.failure(f"exited before it listened on {path}"))
+
+    def failure(self, what: str) -> str:
+        """`what` with the command line, the exit status and the end of the log."""
+        text = self.log.read_text(errors="replace")[-4000:].strip()
+        status = self._popen.poll()
+        return f"{what}\n$ {' '.join(self.argv)}\nexit status {status}\n{text}"
+
+    def limit_file_size(self, size: int | None) -> None:
+        """Make every write at or beyond `size` bytes of any file fail with EFBIG (None: no more).
+
+        An injected disk error for any program, without privileges: RLIMIT_FSIZE of its process.
+        """
+        soft = resource.RLIM_INFINITY if size is None else size
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+
+    def terminate(self, *, timeout_s: float = 10.0) -> int:
+        """SIGTERM, and the exit status; PeerError when it does not end in time."""
+        self._popen.terminate()
+        return self.wait(timeout_s=timeout_s)
+
+    def wait(self, *, timeout_s: float = 10.0) -> int:
+        """The exit status, once it ended by itself."""
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise PeerError(self.failure(f"still running after {timeout_s:g} s")) from None
+
+    def kill(self) -> None:
+        """SIGKILL, and wait; nothing happens when it is gone already."""
+        self._popen.kill()
+        self._popen.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()

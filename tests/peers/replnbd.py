@@ -1,0 +1,96 @@
+"""`replnbd serve` on a configuration that the test writes, driven from outside only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from peers.disk import Disk
+from peers.nbd_client import NbdClient
+from peers.process import PeerError, Process, wait_until
+from peers.qmp_client import QmpClient
+
+
+class ReplnbdDisk(Disk):
+    """One `[[disk]]` table, mode secondary. The daemon makes missing overlays itself."""
+
+    def table(self) -> str:
+        """The TOML."""
+        members = {
+            "name": self.name,
+            "mode": "secondary",
+            "top-id": self.top_id,
+            "secondary": str(self.secondary),
+            "format": self.format,
+            "hidden": str(self.hidden),
+            "active": str(self.active),
+        }
+        lines = [f"{key} = {json.dumps(value)}" for key, value in members.items()]
+        return "\n".join(["[[disk]]", *lines])
+
+
+class ReplnbdDaemon:
+    """A running daemon with the disks exported: NAME for the primary, TOP-ID for the standby."""
+
+    def __init__(self, folder: Path, disks: Sequence[ReplnbdDisk]) -> None:
+        self.disks = disks
+        self.nbd_socket = folder / "replnbd.nbd"
+        self.control_socket = folder / "replnbd.qmp"
+        self.config = folder / "replnbd.toml"
+        server = [
+            "[server]",
+            f"listen = {json.dumps([f'nbd+unix:///?socket={self.nbd_socket}'])}",
+            f"control = {json.dumps(str(self.control_socket))}",
+        ]
+        tables = ["\n".join(server), *(disk.table() for disk in disks)]
+        self.config.write_text("\n\n".join(tables) + "\n")
+        argv = [sys.executable, "-m", "replnbd", "serve", str(self.config)]
+        self.process = Process(argv, log=folder / "replnbd.log")
+        try:
+            self.process.wait_for_socket(self.nbd_socket)
+            self.process.wait_for_socket(self.control_socket)
+            self.qmp = QmpClient(self.control_socket)
+        except BaseException as exc:
+            self.process.kill()
+            if isinstance(exc, OSError):
+                raise PeerError(self.process.failure(str(exc))) from exc
+            raise
+
+    def connect(self, export: str) -> NbdClient:
+        """A new NBD connection to NAME or TOP-ID."""
+        return NbdClient(self.nbd_socket, export)
+
+    def stages(self) -> set[str]:
+        """The stages of all disks, from x-replnbd-status."""
+        return {disk["stage"] for disk in self.qmp.execute("x-replnbd-status")["disks"]}
+
+    def commit_finished(self) -> bool:
+        """Whether no disk's failover is under way any more."""
+        return "failover" not in self.stages()
+
+    def wait_for_commit(self) -> None:
+        """Until every disk's failover is over; PeerError when it does not end."""
+        wait_until(self.commit_finished, "replnbd's commit")
+
+    def quit(self) -> None:
+        """An orderly end: SIGTERM, and exit status 0."""
+        self.qmp.close()
+        status = self.process.terminate()
+        if status:
+            raise PeerError(self.process.failure(f"replnbd ended with {status}"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.qmp.close()
+        self.process.kill()
