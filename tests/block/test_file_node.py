@@ -1,0 +1,196 @@
+"""FileNode: bytes, holes, the end of the file, locks."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from replnbd.block import BlockNode, FileNode, MemoryNode, read_bytes
+from replnbd.block.file import WRITE_INLINE_MAX
+from replnbd.errors import ConfigError
+
+MIB = 1 << 20
+
+
+def make(path: Path, content: bytes = b"") -> FileNode:
+    path.write_bytes(content)
+    return FileNode.open(path)
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    if request.param == "disk":
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="replnbd-test-") as name:
+            yield Path(name)
+
+
+async def test_random_operations_match_a_bytearray(directory: Path) -> None:
+    seed = random.getrandbits(32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    size = 3 * MIB + 512
+    model = bytearray(rng.randbytes(size))
+    node = make(directory / "disk", bytes(model))
+    assert node.size == size
+    for _ in range(200):
+        offset = rng.randrange(size)
+        length = min(rng.choice([1, 511, 4096, 65536, WRITE_INLINE_MAX + 1]), size - offset)
+        operation = rng.choice(["read", "write", "zero", "unmap", "discard"])
+        if operation == "read":
+            assert await read_bytes(node, offset, length) == model[offset : offset + length]
+        elif operation == "write":
+            data = rng.randbytes(length)
+            await node.pwrite(offset, data)
+            model[offset : offset + length] = data
+        elif operation == "discard":
+            await node.discard(offset, length)
+            model[offset : offset + length] = bytes(length)
+        else:
+            await node.write_zeroes(offset, length, unmap=operation == "unmap")
+            model[offset : offset + length] = bytes(length)
+    await node.flush()
+    assert await read_bytes(node, 0, size) == model
+    await node.close()
+    assert (directory / "disk").read_bytes() == model
+
+
+async def test_reads_past_the_end_are_zeroes_and_writes_extend(directory: Path) -> None:
+    node = make(directory / "disk", b"abc")
+    assert await read_bytes(node, 1, 6) == b"bc\0\0\0\0"
+    await node.pwrite(5, b"xyz")
+    await node.write_zeroes(8, 4)
+    await node.close()
+    assert (directory / "disk").read_bytes() == b"abc\0\0xyz\0\0\0\0"
+
+
+async def test_truncate_cuts_and_extends(directory: Path) -> None:
+    node = make(directory / "disk", b"abcdef")
+    await node.truncate(2)
+    await node.truncate(4)
+    await node.close()
+    assert (directory / "disk").read_bytes() == b"ab\0\0"
+
+
+async def test_block_status_finds_the_holes_and_covers_every_byte(tmp_path: Path) -> None:
+    node = make(tmp_path / "disk")
+    await node.truncate(16 * MIB)
+    await node.pwrite(4 * MIB, b"x" * MIB)
+    extents = await node.block_status(MIB, 15 * MIB)
+    assert [(e.length, e.zero, e.hole) for e in extents] == [
+        (3 * MIB, True, True),
+        (MIB, False, False),
+        (11 * MIB, True, True),
+    ]
+    await node.write_zeroes(4 * MIB, MIB, unmap=True)
+    assert all(e.zero for e in await node.block_status(0, 16 * MIB))
+    await node.close()
+
+
+async def test_unmapped_space_is_given_back_and_kept_space_is_not(tmp_path: Path) -> None:
+    node = make(tmp_path / "disk", b"x" * 2 * MIB)
+    await node.write_zeroes(0, MIB, unmap=True)
+    await node.write_zeroes(MIB, MIB, unmap=False)
+    await node.close()
+    status = (tmp_path / "disk").stat()
+    assert MIB <= status.st_blocks * 512 <= MIB + 65536
+    assert (tmp_path / "disk").read_bytes() == bytes(2 * MIB)
+
+
+async def test_a_read_only_node_refuses_writes(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(b"x" * 512)
+    node = FileNode.open(tmp_path / "disk", read_only=True)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        await node.pwrite(0, b"y")
+    await node.close()
+    assert (tmp_path / "disk").read_bytes() == b"x" * 512
+
+
+@pytest.mark.parametrize(
+    ("prepare", "text"),
+    [
+        (lambda p: None, "cannot open {}: No such file or directory"),
+        (lambda p: p.mkdir(), "cannot open {}: Is a directory"),
+        (lambda p: os.mkfifo(p), "cannot open {}: neither a regular file nor a block device"),
+    ],
+)
+def test_what_cannot_be_opened_is_told_in_one_line(tmp_path: Path, prepare, text: str) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    path = tmp_path / "disk"
+    prepare(path)
+    with pytest.raises(ConfigError) as caught:
+        FileNode.open(path)
+    assert str(caught.value) == text.format(path)
+
+
+async def test_a_second_opener_is_refused_and_a_later_one_is_not(tmp_path: Path) -> None:
+    node = make(tmp_path / "disk", b"x")
+    for read_only in (False, True):
+        with pytest.raises(ConfigError, match="in use by another process"):
+            FileNode.open(tmp_path / "disk", read_only=read_only)
+    await node.close()
+    readers = [FileNode.open(tmp_path / "disk", read_only=True) for _ in range(2)]
+    with pytest.raises(ConfigError, match="in use by another process"):
+        FileNode.open(tmp_path / "disk")
+    for reader in readers:
+        await reader.close()
+    await FileNode.open(tmp_path / "disk").close()
+
+
+@pytest.mark.interop
+async def test_qemu_and_replnbd_keep_each_other_out(tmp_path: Path) -> None:
+    async def qemu_io(*options: str) -> tuple[int, bytes]:
+        process = await asyncio.create_subprocess_exec(
+            "qemu-io", "-f", "raw", *options, "-c", "write -P 7 0 512", str(tmp_path / "disk"),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await process.communicate()
+        return process.returncode or 0, output
+
+    node = make(tmp_path / "disk", bytes(4096))
+    code, output = await qemu_io()
+    assert code != 0
+    assert b'Failed to get "write" lock' in output
+    assert await read_bytes(node, 0, 4096) == bytes(4096)
+    await node.close()
+    assert (await qemu_io())[0] == 0
+
+    process = await asyncio.create_subprocess_exec(
+        "qemu-io", "-f", "raw", str(tmp_path / "disk"),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"read -P 7 0 512\n")
+    await process.stdout.readuntil(b"512/512")
+    with pytest.raises(ConfigError, match="in use by another process"):
+        FileNode.open(tmp_path / "disk")
+    await process.communicate(b"quit\n")
+    await FileNode.open(tmp_path / "disk").close()
+
+
+async def test_a_full_disk_is_enospc_and_writes_before_it_stay(tmp_path: Path) -> None:
+    node: BlockNode = FileNode(
+        os.open("/dev/full", os.O_RDWR), "/dev/full", read_only=False, name="full"
+    )
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is what matters
+        await node.pwrite(0, b"x" * 4096)
+    assert caught.value.errno == errno.ENOSPC
+    await node.close()
+
+
+async def test_memory_node_behaves_like_a_file() -> None:
+    node = MemoryNode(4)
+    await node.pwrite(2, b"abcd")
+    assert node.size == 6
+    assert await read_bytes(node, 0, 8) == b"\0\0abcd\0\0"
+    await node.truncate(3)
+    await node.truncate(5)
+    assert await read_bytes(node, 0, 5) == b"\0\0a\0\0"
