@@ -1,8 +1,9 @@
 """The lexer of QMP: bytes in, tokens out, one byte at a time through a table; no I/O.
 
-The language is JSON with one addition, strings in single quotes. A byte that fits nowhere is an
-error of its own, and then comes recovery: everything is skipped up to a byte that a message can
-begin or go on after. So a client that sends garbage hears of it, and its next command works.
+The language is QEMU's: JSON, and strings in single quotes too, but no exponent right after a
+lone 0 (`0e1` is two tokens). A byte that fits nowhere is an error of its own, and then comes
+recovery: everything is skipped up to a byte that a message can begin or go on after. So a client
+that sends garbage hears of it, and its next command works.
 
 One byte per step is slow (0.1 µs each) and good enough: a command has a hundred bytes. In return
 a message cut into any pieces costs no more than a whole one, because nothing is scanned twice.
@@ -61,8 +62,9 @@ _DIGIT = b"0123456789"
 _LOWER = b"abcdefghijklmnopqrstuvwxyz"
 # 0xfe and 0xff are in no UTF-8 sequence of any age: a string with them is no string.
 _TEXT = bytes(range(0x20, 0xFE))
-# A stray byte makes the rest of its word suspect; these bytes are no part of a word.
-_RESTART = bytes(range(0x20)) + b"\xfe\xff" + _STRUCTURAL
+# A stray byte makes the rest of its line suspect, up to one of these; tabs, spaces and quotes do
+# not count, because after garbage they may as well be inside as outside of a string.
+_RESTART = bytes(set(range(0x20)) - {0x09}) + b"\xfe\xff" + _STRUCTURAL
 
 _KIND = {
     _DOUBLE_QUOTED: STRING,
@@ -105,7 +107,7 @@ def _build_table() -> tuple[bytes, ...]:
         ),
         _SINGLE_QUOTED_ESCAPE: _row(_STRAY, (_TEXT, _SINGLE_QUOTED)),
         _MINUS: _row(_STRAY, (_DIGIT, _DIGITS), (b"0", _ZERO)),
-        _ZERO: _row(_FINISH_BEFORE, (_DIGIT, _STRAY), (b".", _POINT), (b"eE", _EXPONENT)),
+        _ZERO: _row(_FINISH_BEFORE, (_DIGIT, _STRAY), (b".", _POINT)),
         _DIGITS: _row(_FINISH_BEFORE, (_DIGIT, _DIGITS), (b".", _POINT), (b"eE", _EXPONENT)),
         _POINT: _row(_STRAY, (_DIGIT, _FRACTION)),
         _FRACTION: _row(_FINISH_BEFORE, (_DIGIT, _FRACTION), (b"eE", _EXPONENT)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,22 @@ class FakeBackend:
         self.calls.append(("quit",))
 
 
+class EmptyBackend(FakeBackend):
+    """As a QEMU without any block device: no jobs, nodes or exports, nothing to replicate."""
+
+    def jobs(self) -> list[dict[str, Any]]:
+        return []
+
+    def block_nodes(self) -> list[dict[str, Any]]:
+        return []
+
+    def block_exports(self) -> list[dict[str, Any]]:
+        return []
+
+    async def nbd_server_stop(self) -> None:
+        raise StateError("NBD server not running")
+
+
 class RawClient:
     """A client that sends the bytes it is told to, and reads lines."""
 
@@ -141,20 +158,23 @@ class RawClient:
             pass
 
 
-def answers_until_quiet(path: str | Path, data: bytes, marker: bytes) -> list[bytes]:
-    """Send `data` and then a command with the id `marker`; the lines answered before that one's.
+def ask_blocking(path: str | Path, data: bytes) -> list[Any]:
+    """Send `data`; all the messages that come back for it, the greeting left out.
 
-    For use from a thread: it blocks. A scratch `\\n` first ends whatever `data` left unfinished
-    only where the language says so, so `data` must leave nothing open.
+    Blocks: for use from a thread. A stray byte and a command with an id of its own come last, so
+    that whatever `data` leaves open is closed, and it is known when the answers are complete.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(SOCKET_TIMEOUT_S)
         connection.connect(str(path))
         stream = connection.makefile("rb")
-        lines = [stream.readline()]
-        connection.sendall(data + b'\n{"execute":"qmp_capabilities","id":"' + marker + b'"}\n')
-        while marker not in lines[-1]:
+        stream.readline()
+        connection.sendall(data + b'\x01\n{"execute":"query-block-jobs","id":"the end"}\n')
+        messages: list[Any] = []
+        while True:
             line = stream.readline()
-            assert line, f"connection closed after {lines!r}"
-            lines.append(line)
-        return [line.strip() for line in lines[1:-1]]
+            assert line, f"closed after {data!r} and {messages!r}"
+            message = json.loads(line)
+            if message.get("id") == "the end":
+                return messages
+            messages.append(message)

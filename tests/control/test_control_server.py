@@ -27,8 +27,8 @@ def backend() -> FakeBackend:
 
 
 @pytest.fixture
-async def server(backend: FakeBackend, tmp_path: Path) -> AsyncIterator[ControlServer]:
-    server = ControlServer(backend, tmp_path / "qmp.sock")
+async def server(backend: FakeBackend, short_dir: Path) -> AsyncIterator[ControlServer]:
+    server = ControlServer(backend, short_dir / "qmp.sock")
     await server.start()
     yield server
     await server.close()
@@ -38,9 +38,9 @@ async def server(backend: FakeBackend, tmp_path: Path) -> AsyncIterator[ControlS
 
 
 async def test_socket_has_mode_0600_and_is_removed_at_close(
-    backend: FakeBackend, tmp_path: Path
+    backend: FakeBackend, short_dir: Path
 ) -> None:
-    path = tmp_path / "qmp.sock"
+    path = short_dir / "qmp.sock"
     server = ControlServer(backend, path)
     await server.start()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -60,8 +60,8 @@ async def test_socket_of_a_live_server_is_refused_in_one_line(
     await client.close()
 
 
-async def test_stale_socket_file_is_replaced(backend: FakeBackend, tmp_path: Path) -> None:
-    path = tmp_path / "qmp.sock"
+async def test_stale_socket_file_is_replaced(backend: FakeBackend, short_dir: Path) -> None:
+    path = short_dir / "qmp.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     server = ControlServer(backend, path)
@@ -71,9 +71,9 @@ async def test_stale_socket_file_is_replaced(backend: FakeBackend, tmp_path: Pat
 
 
 async def test_file_that_is_no_socket_is_refused_and_kept(
-    backend: FakeBackend, tmp_path: Path
+    backend: FakeBackend, short_dir: Path
 ) -> None:
-    path = tmp_path / "precious"
+    path = short_dir / "precious"
     path.write_text("data")
     with pytest.raises(ConfigError, match="is no socket"):
         await ControlServer(backend, path).start()
@@ -82,16 +82,16 @@ async def test_file_that_is_no_socket_is_refused_and_kept(
 
 @pytest.mark.parametrize("name", ["missing/qmp.sock", "x" * 200])
 async def test_unusable_path_is_one_config_error(
-    backend: FakeBackend, tmp_path: Path, name: str
+    backend: FakeBackend, short_dir: Path, name: str
 ) -> None:
     with pytest.raises(ConfigError, match="control socket"):
-        await ControlServer(backend, tmp_path / name).start()
+        await ControlServer(backend, short_dir / name).start()
 
 
 async def test_close_leaves_a_socket_that_took_our_place(
-    backend: FakeBackend, tmp_path: Path
+    backend: FakeBackend, short_dir: Path
 ) -> None:
-    path = tmp_path / "qmp.sock"
+    path = short_dir / "qmp.sock"
     server = ControlServer(backend, path)
     await server.start()
     path.unlink()
