@@ -1,0 +1,247 @@
+"""Allocator: host clusters for data and L2 tables, taken ahead in runs.
+
+A run is some megabytes of free clusters whose refcounts are stored as 1 with one pwrite, before
+anything uses them. Handing out one of them is then an addition. What is left of a run when the
+disk is flushed or closed is given back, so that every flush leaves exact refcounts; after a crash
+it is a leak, which harms nothing and any check repairs.
+
+Laws.
+1. A cluster's refcount is on disk before its first use.
+2. Clusters are released only when nothing on disk refers to them. Released clusters wait in a list
+   until there are many, or somebody flushes, or needs space: then runs of neighbours are punched
+   out of the file and their refcounts stored with one pwrite each.
+3. What could not be given back because of an I/O error stays in the list, for the next time.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+from replnbd.qcow2.host import HostFile
+from replnbd.qcow2.refcounts import Refcounts
+
+log = logging.getLogger(__name__)
+
+_RUN_BYTES = 8 << 20
+"""Clusters to take at once, in bytes: 128 of 64 KiB, so that the refcounts cost little each."""
+_RUN_CLUSTERS_MIN = 8
+_RUN_CLUSTERS_MAX = 1024
+_RELEASED_MAX = 512
+"""Released clusters that wait; more are given back by the request that released them."""
+
+
+class Allocator:
+    """Hands out host clusters of an image open for writing, and takes them back."""
+
+    __slots__ = (
+        "_can_punch",
+        "_next",
+        "_run_clusters",
+        "_run_end",
+        "hint",
+        "host",
+        "refcounts",
+        "released",
+    )
+
+    def __init__(self, host: HostFile, refcounts: Refcounts) -> None:
+        self.host = host
+        self.refcounts = refcounts
+        run = _RUN_BYTES // host.cluster_size
+        self._run_clusters = min(max(run, _RUN_CLUSTERS_MIN), _RUN_CLUSTERS_MAX)
+        # Clusters from _next to _run_end are ours, with refcount 1 on disk, and in no use.
+        self._next = 0
+        self._run_end = 0
+        self.hint = 0
+        """No host cluster before this one is free."""
+        self.released: list[tuple[int, int]] = []
+        """(cluster, count): references that are gone, still counted on disk."""
+        self._can_punch = True
+
+    # Taking
+
+    async def allocate(self, count: int) -> tuple[int, int]:
+        """(host offset, number) of contiguous clusters: at least one, at most `count`."""
+        first = self._next
+        if first == self._run_end:
+            async with self.host.lock:
+                return await self.allocate_locked(count)
+        number = min(count, self._run_end - first)
+        self._next = first + number
+        return first << self.host.cluster_bits, number
+
+    async def allocate_locked(self, count: int) -> tuple[int, int]:
+        """As `allocate`, for callers that hold `HostFile.lock`."""
+        if self._next == self._run_end:
+            await self._take_run(max(count, self._run_clusters))
+        first = self._next
+        number = min(count, self._run_end - first)
+        self._next = first + number
+        return first << self.host.cluster_bits, number
+
+    async def _take_run(self, wanted: int) -> None:
+        if self.released:
+            await self._settle()
+        cluster, count = await self._find(wanted)
+        await self._claim(cluster, count)
+        self._next = cluster
+        self._run_end = cluster + count
+        self.hint = cluster + count
+
+    async def _find(self, wanted: int) -> tuple[int, int]:
+        """A free run that a refcount block describes, making the block if there is none."""
+        refcounts = self.refcounts
+        while True:
+            cluster, count = await refcounts.find_free(self.hint, wanted)
+            if (cluster + count) << self.host.cluster_bits > 1 << 56:
+                raise OSError(errno.ENOSPC, f"{self.host.path}: no host offsets left below 2^56")
+            if refcounts.covered(cluster):
+                return cluster, count
+            await refcounts.add_block(cluster)
+
+    async def _claim(self, cluster: int, count: int) -> None:
+        host = self.host
+        bits = host.cluster_bits
+        await host.check_target(cluster << bits, count << bits, "newly allocated data")
+        await self.refcounts.set_run(cluster, count, 1)
+        host.end = max(host.end, (cluster + count) << bits)
+
+    async def allocate_contiguous(self, count: int) -> int | None:
+        """The host offset of `count` clusters in one piece, for a table; under the lock.
+
+        None if no refcount block describes so many (only with the smallest clusters).
+        """
+        refcounts = self.refcounts
+        if count >= refcounts.block_entries:
+            return None
+        await self._settle()
+        start = self.hint
+        while True:
+            cluster, found = await refcounts.find_free(start, count)
+            if not refcounts.covered(cluster):
+                await refcounts.add_block(cluster)
+                start = cluster
+            elif found < count:
+                start = cluster + found
+            else:
+                await self._claim(cluster, count)
+                return cluster << self.host.cluster_bits
+
+    # Giving back
+
+    def release(self, offset: int, count: int) -> None:
+        """A reference to each of these clusters is gone from the disk, or was never there."""
+        self.released.append((offset >> self.host.cluster_bits, count))
+
+    def release_bytes(self, offset: int, length: int) -> None:
+        """As `release`, for the clusters that hold these bytes (compressed clusters)."""
+        bits = self.host.cluster_bits
+        first = offset >> bits
+        self.released.append((first, ((offset + length - 1) >> bits) - first + 1))
+
+    @property
+    def crowded(self) -> bool:
+        """Enough has been released to be worth giving back now."""
+        return len(self.released) >= _RELEASED_MAX
+
+    @property
+    def idle(self) -> bool:
+        """Refcounts on disk are exact: nothing to give back."""
+        return self._next == self._run_end and not self.released
+
+    @property
+    def spare_clusters(self) -> int:
+        """Clusters that are counted on disk and hold nothing."""
+        return self._run_end - self._next + sum(count for _, count in self.released)
+
+    async def settle(self) -> None:
+        """Give back what was released."""
+        async with self.host.lock:
+            await self._settle()
+
+    async def give_back(self) -> None:
+        """Give back what was released and the rest of the run: refcounts on disk are exact."""
+        async with self.host.lock:
+            first, count = self._next, self._run_end - self._next
+            if count:
+                # Out of sight first: nobody may take them while their refcounts are stored.
+                self._next = self._run_end
+                try:
+                    await self.refcounts.set_run(first, count, 0)
+                except OSError:
+                    self.released.append((first, count))
+                    raise
+                self.hint = min(self.hint, first)
+            await self._settle()
+
+    async def _settle(self) -> None:
+        released, self.released = self.released, []
+        runs = _merge(released)
+        while runs:
+            cluster, count = runs.pop()
+            try:
+                done = await self._drop_some(cluster, count)
+            except OSError:
+                # Back into the list, but for what a corrupt image says is free already.
+                self.released += runs
+                if not self.host.corrupt:
+                    self.released.append((cluster, count))
+                raise
+            if done < count:
+                runs.append((cluster + done, count - done))
+
+    async def _drop_some(self, cluster: int, count: int) -> int:
+        """Take one reference from each of the first clusters of a run, as many as have the same
+        refcount in the same block; returns how many. Without another reference they are free."""
+        host = self.host
+        bits = host.cluster_bits
+        refcounts = self.refcounts
+        value = await refcounts.get(cluster)
+        if value == 0:
+            raise await host.corruption(
+                f"the refcount of the cluster at {cluster << bits:#x} is 0, but it was in use"
+            )
+        count = min(count, refcounts.block_entries - cluster % refcounts.block_entries)
+        length = 1
+        while length < count and await refcounts.get(cluster + length) == value:
+            length += 1
+        if value == 1:
+            await self._punch(cluster, length)
+        await refcounts.set_run(cluster, length, value - 1)
+        if value == 1:
+            self.hint = min(self.hint, cluster)
+            host.unmark(cluster << bits, length << bits)
+        return length
+
+    async def _punch(self, cluster: int, count: int) -> None:
+        """Return the space of clusters to the file system, while nobody can take them yet."""
+        if not self._can_punch:
+            return
+        bits = self.host.cluster_bits
+        try:
+            await self.host.file.write_zeroes(cluster << bits, count << bits, unmap=True, fast=True)
+        except OSError as exc:
+            # Space is all that is lost, and the clusters are used again.
+            if exc.errno in (errno.ENOTSUP, errno.EOPNOTSUPP):
+                self._can_punch = False
+            else:
+                log.warning("%s: cannot punch a hole: %s", self.host.path, exc)
+
+    def forget(self, hint: int) -> None:
+        """All refcounts were rewritten (make_empty); nothing is reserved or released any more."""
+        self._next = self._run_end = 0
+        self.released = []
+        self.hint = hint
+
+
+def _merge(released: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join neighbours. A cluster that was released twice (compressed clusters share one) stays
+    in the list twice."""
+    runs: list[tuple[int, int]] = []
+    for cluster, count in sorted(released):
+        if runs and runs[-1][0] + runs[-1][1] == cluster:
+            runs[-1] = (runs[-1][0], runs[-1][1] + count)
+        else:
+            runs.append((cluster, count))
+    return runs

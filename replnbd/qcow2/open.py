@@ -1,0 +1,99 @@
+"""Opening an image: which ones, in which state, and with what put in order first."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from array import array
+
+from replnbd.block import BlockNode
+from replnbd.errors import ImageError, ImageUnsupportedError
+from replnbd.qcow2.allocation import Allocator
+from replnbd.qcow2.entries import OFFSET_MASK, Shape
+from replnbd.qcow2.format import (
+    AUTOCLEAR_BITMAPS,
+    OFFSET_AUTOCLEAR_FEATURES,
+    Header,
+    read_header,
+)
+from replnbd.qcow2.host import HostFile
+from replnbd.qcow2.image import Qcow2Node
+from replnbd.qcow2.mapping import Mapping, read_l1
+from replnbd.qcow2.refcounts import load_refcounts
+from replnbd.qcow2.state import Image
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 16 << 20
+"""Of L2 slices, for one image: as much as maps 60 GiB of an overlay, at 64 KiB clusters."""
+
+_TABLES_GUARDED_MAX = 1 << 17
+"""L2 tables to remember as metadata that data must not overwrite; more would take 10 MB and up.
+An image has as many from 32 TiB on, or if its clusters are tiny."""
+
+
+async def open_qcow2(
+    file: BlockNode,
+    *,
+    backing: BlockNode | None = None,
+    read_only: bool = False,
+    name: str = "",
+    cache_bytes: int = CACHE_BYTES,
+) -> Qcow2Node:
+    """Open the qcow2 image in `file`. The node owns `file` from then on, but not `backing`.
+
+    `backing` is what unallocated ranges show. It is never opened from the name in the header
+    (CVE-2024-4467): the caller decides, and `Qcow2Node.header.backing_file` informs.
+
+    Raises ImageError if the image is malformed, or has a backing file and no `backing` is given,
+    or cannot be trusted for writing; ImageUnsupportedError if it needs what replnbd does not have.
+    """
+    header = await read_header(file)
+    path = getattr(file, "path", None) or file.name
+    if header.backing_file is not None and backing is None:
+        raise ImageError(
+            f"{path}: the image has a backing file ({header.backing_file!r}), and none was given"
+        )
+    if not read_only:
+        header = await _prepare_writing(file, path, header)
+    host = HostFile(file, path, header, read_only=read_only)
+    shape = Shape(header)
+    l1 = await read_l1(host, header.l1_table_offset, header.l1_size)
+    _guard_tables(host, l1)
+    mapping = Mapping(host, shape, l1, header.l1_table_offset, cache_bytes)
+    allocator = None
+    if not read_only:
+        allocator = Allocator(host, await load_refcounts(host, header))
+        mapping.allocator = allocator
+    image = Image(host, header, mapping, allocator, backing)
+    return Qcow2Node(image, header, name or file.name)
+
+
+async def _prepare_writing(file: BlockNode, path: str, header: Header) -> Header:
+    """Refuse what must not be written to, repair what is dirty, clear unknown autoclear bits."""
+    if header.corrupt:
+        raise ImageError(
+            f"{path}: the image is marked corrupt and can only be opened read-only; "
+            "repair it with: qemu-img check -r all"
+        )
+    if header.autoclear_features & AUTOCLEAR_BITMAPS and header.bitmaps is not None:
+        raise ImageUnsupportedError(
+            f"{path}: the image has {header.bitmaps.nb_bitmaps} persistent bitmaps, which "
+            "writing would make wrong; remove them with: qemu-img bitmap --remove"
+        )
+    if header.dirty:
+        from replnbd.qcow2.check import repair_refcounts  # type: ignore[import-not-found]
+
+        log.warning("%s: the image was not closed properly: repairing its refcounts", path)
+        await repair_refcounts(file, header)
+        header = await read_header(file)
+    if header.autoclear_features:
+        # "an autoclear bit ... must be cleared" by who writes and does not know it: we know none.
+        await file.pwrite(OFFSET_AUTOCLEAR_FEATURES, struct.pack(">Q", 0))
+    return header
+
+
+def _guard_tables(host: HostFile, l1: array[int]) -> None:
+    tables = len(l1) - l1.count(0)
+    if 0 < tables <= _TABLES_GUARDED_MAX:
+        host.metadata.update(entry & OFFSET_MASK for entry in l1 if entry)
