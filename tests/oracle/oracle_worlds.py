@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from oracle_model import QEMU, REPLNBD, Difference
 from oracle_ops import OK, Op, Outcome, Setup, Side, Stage, Verb
 from peers import (
     Answer,
@@ -47,8 +48,8 @@ def outcome_of(answer: Answer) -> Outcome:
 class World:
     """A peer with its disks, one connection to each export, and the stage it should be in."""
 
-    fenced = False
-    """Whether NAME refuses its client after a failover."""
+    differences: frozenset[Difference]
+    """What tells it from QEMU's filter."""
 
     def __init__(self, setup: Setup, peer: QemuSecondary | ReplnbdDaemon) -> None:
         self.setup = setup
@@ -67,7 +68,10 @@ class World:
             self.stage = Stage.RUNNING
         elif op.verb in (Verb.STOP, Verb.STOP_AS_PRIMARY) and self.stage is Stage.RUNNING:
             self.stage = Stage.STOPPED
-        elif op.verb is Verb.FAILOVER and self.stage in (Stage.RUNNING, Stage.FAILED):
+        elif op.verb is Verb.FAILOVER and (
+            self.stage is Stage.RUNNING
+            or (self.stage is Stage.FAILED and Difference.FAILOVER_ERRORS in self.differences)
+        ):
             self.stage = Stage.FAILOVER
         elif op.verb is Verb.SETTLE:
             self.stage = Stage.COMMITTED
@@ -168,6 +172,8 @@ class World:
 class QemuWorld(World):
     """QEMU's own filter."""
 
+    differences = QEMU
+
     def __init__(self, setup: Setup, folder: Path) -> None:
         disks = [
             QemuDisk.create(folder, f"colo{index}", f"top{index}", setup.content(index), format_)
@@ -196,7 +202,7 @@ class QemuWorld(World):
 class ReplnbdWorld(World):
     """replnbd, through its command line, its configuration and its sockets."""
 
-    fenced = True
+    differences = REPLNBD
 
     def __init__(self, setup: Setup, folder: Path) -> None:
         disks = [

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -64,17 +66,18 @@ class Process:
         """Whether it has not exited yet."""
         return self._popen.poll() is None
 
-    def wait_for_socket(self, path: Path, *, timeout_s: float = 30.0) -> None:
-        """Until `path` exists; PeerError with the log when the process dies first."""
-
-        try:
-            wait_until(
-                lambda: path.exists() or not self.running, f"socket {path}", timeout_s=timeout_s
-            )
-        except PeerError as exc:
-            raise PeerError(self.failure(str(exc))) from None
-        if not path.exists():
-            raise PeerError(self.failure(f"exited before it listened on {path}"))
+    def reach(self, connect: Callable[[], T], *, timeout_s: float = 30.0) -> T:
+        """What `connect` returns, once the program listens; PeerError with the log when it dies
+        first, or does not listen in time."""
+        # A socket's name is there before it listens, so nothing but connecting tells.
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return connect()
+            except (FileNotFoundError, ConnectionRefusedError) as exc:
+                if not self.running or time.monotonic() > deadline:
+                    raise PeerError(self.failure(f"does not listen: {exc}")) from None
+            time.sleep(0.005)
 
     def failure(self, what: str) -> str:
         """`what` with the command line, the exit status and the end of the log."""

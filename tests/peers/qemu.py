@@ -75,8 +75,7 @@ class QemuSecondary:
             argv += disk.drives()
         self.process = Process(argv, log=folder / "qemu.log")
         try:
-            self.process.wait_for_socket(qmp_socket)
-            self.qmp = QmpClient(qmp_socket)
+            self.qmp = self.process.reach(lambda: QmpClient(qmp_socket))
             unix = {"type": "unix", "data": {"path": str(self.nbd_socket)}}
             self.qmp.execute("nbd-server-start", {"addr": unix})
             for disk in disks:

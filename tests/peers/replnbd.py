@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from peers.disk import Disk
-from peers.nbd_client import NbdClient
+from peers.nbd_client import NbdClient, list_exports
 from peers.process import PeerError, Process, wait_until
 from peers.qmp_client import QmpClient
 
@@ -51,9 +51,8 @@ class ReplnbdDaemon:
         argv = [sys.executable, "-m", "replnbd", "serve", str(self.config)]
         self.process = Process(argv, log=folder / "replnbd.log")
         try:
-            self.process.wait_for_socket(self.nbd_socket)
-            self.process.wait_for_socket(self.control_socket)
-            self.qmp = QmpClient(self.control_socket)
+            self.process.reach(lambda: list_exports(self.nbd_socket))
+            self.qmp = self.process.reach(lambda: QmpClient(self.control_socket))
         except BaseException as exc:
             self.process.kill()
             if isinstance(exc, OSError):
