@@ -61,6 +61,9 @@ class QmpClient:
             if "event" in reply:
                 self.events.append(reply)
                 continue
+            if "QMP" in reply:
+                # QEMU greets a client twice that connects while QEMU is still starting.
+                continue
             if reply.get("id") != self._id:
                 raise PeerError(f"{command}: answer without our id {self._id}: {reply}")
             if "error" in reply:
