@@ -22,7 +22,7 @@ The *backend* is what the commands act on.
 Laws.
 1. The same bytes get the same answers as from QEMU, down to the text; tests/control asks both.
    What differs is written down: at `wire.NESTING_DEPTH_MAX`, `wire.MESSAGE_SIZE_MAX`,
-   `wire.JsonParser` and `commands.query_version`.
+   `wire.JsonParser`, `session.check_message`, `schema.check_arguments` and `commands.version`.
 2. Commands of one client run one after the other; clients do not wait for each other.
 3. No input ends the server, and nothing a client does or leaves undone takes memory beyond a
    bound: messages, nesting, clients and unread output are limited.
@@ -34,15 +34,10 @@ Laws.
 
 from replnbd.control.backend import Backend
 from replnbd.control.client import ControlClient
-from replnbd.control.commands import COMMANDS, Command
-from replnbd.control.schema import Argument
 from replnbd.control.server import ControlServer
 
 __all__ = [
-    "COMMANDS",
-    "Argument",
     "Backend",
-    "Command",
     "ControlClient",
     "ControlServer",
 ]

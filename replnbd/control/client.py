@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
@@ -24,18 +25,19 @@ class ControlClient:
     """A negotiated connection; use it as a context manager."""
 
     def __init__(self, path: str | Path, timeout_s: float | None = 60.0) -> None:
-        """Connect and negotiate. `timeout_s` bounds every wait for the server; None: no bound.
+        """Connect and negotiate. `timeout_s` bounds the wait for each answer; None: no bound.
 
         Raises ConfigError if nobody answers at `path`, ProtocolError if it is no QMP server.
         """
         self.path = str(path)
+        self._timeout_s = timeout_s
         self._buffer = bytearray()
         self._events: deque[dict[str, Any]] = deque()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(timeout_s)
             self._connect()
-            greeting = self._receive()
+            greeting = self._greeting()
             if "QMP" not in greeting:
                 refusal = greeting.get("error", {}).get("desc", "no QMP greeting")
                 raise ProtocolError(f"control socket {path}: {refusal}")
@@ -71,26 +73,40 @@ class ControlClient:
             message["arguments"] = {
                 name.replace("_", "-"): value for name, value in arguments.items()
             }
+        deadline = self._deadline()
         try:
+            self._socket.settimeout(self._timeout_s)
             self._socket.sendall(json.dumps(message).encode() + b"\n")
+            while "event" in (reply := self._receive(deadline)):
+                self._events.append(reply)
         except OSError as exc:
             raise self._lost(exc) from exc
-        while True:
-            reply = self._receive()
-            if "event" in reply:
-                self._events.append(reply)
-            elif "error" in reply:
-                raise ControlError(reply["error"]["desc"], reply["error"]["class"])
-            else:
-                return reply["return"]
+        if "error" in reply:
+            raise ControlError(reply["error"]["desc"], reply["error"]["class"])
+        return reply["return"]
 
-    def next_event(self) -> dict[str, Any]:
-        """The next event, in the order of sending: members event, timestamp, and maybe data."""
+    def next_event(self, timeout_s: float | None = None) -> dict[str, Any] | None:
+        """The next event, in the order of sending: members event, timestamp, and maybe data.
+
+        None if none comes within `timeout_s`; without it, waits as long as it takes.
+        Raises ProtocolError if the server is gone.
+        """
         if self._events:
             return self._events.popleft()
-        while "event" not in (message := self._receive()):
-            pass
-        return message
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            while True:
+                message = self._receive(deadline)
+                if "event" in message:
+                    return message
+        except TimeoutError:
+            return None
+
+    def _greeting(self) -> dict[str, Any]:
+        try:
+            return self._receive(self._deadline())
+        except OSError as exc:
+            raise self._lost(exc) from exc
 
     def _connect(self) -> None:
         try:
@@ -103,17 +119,20 @@ class ControlClient:
         except OSError as exc:
             raise ConfigError(f"cannot connect to {self.path}: {exc.strerror or exc}") from exc
 
-    def _receive(self) -> dict[str, Any]:
+    def _deadline(self) -> float | None:
+        return None if self._timeout_s is None else time.monotonic() + self._timeout_s
+
+    def _receive(self, deadline: float | None) -> dict[str, Any]:
         """The next message: the server sends each on a line of its own."""
         scanned = 0
         while (end := self._buffer.find(b"\n", scanned)) < 0:
             scanned = len(self._buffer)
             if scanned > _LINE_SIZE_MAX:
                 raise ProtocolError(f"control socket {self.path}: endless message")
-            try:
-                data = self._socket.recv(_RECEIVE_SIZE)
-            except OSError as exc:
-                raise self._lost(exc) from exc
+            # A timeout of 0 would mean "do not block"; this one means "look once more".
+            left_s = None if deadline is None else max(deadline - time.monotonic(), 1e-6)
+            self._socket.settimeout(left_s)
+            data = self._socket.recv(_RECEIVE_SIZE)
             if not data:
                 raise ProtocolError(f"control socket {self.path}: the server closed the connection")
             self._buffer += data
@@ -128,5 +147,7 @@ class ControlClient:
         return message
 
     def _lost(self, exc: OSError) -> ProtocolError:
+        # A late reply would be taken for that of the next command: this connection is over.
+        self._socket.close()
         reason = "no answer in time" if isinstance(exc, TimeoutError) else exc.strerror or str(exc)
         return ProtocolError(f"control socket {self.path}: {reason}")

@@ -30,7 +30,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {}
-"""All commands. A server given another table serves that one."""
+"""All commands."""
 
 
 def _command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
@@ -233,3 +233,7 @@ async def nbd_server_stop(backend: Backend, arguments: Arguments) -> JsonObject:
 
 def _listed(objects: list[JsonObject], member: str, value: str) -> bool:
     return any(item[member] == value for item in objects)
+
+
+QUERIES = frozenset(name for name in COMMANDS if name.startswith("query-")) | {"x-replnbd-status"}
+"""Commands that change nothing: polled, so not worth a line in the log."""

@@ -30,7 +30,7 @@ class Argument(NamedTuple):
 def check_arguments(declared: Sequence[Argument], given: dict[str, Any]) -> dict[str, Any]:
     """`given`, checked. Optional arguments that were not given are not in the result.
 
-    Raises ControlError for the first that does not fit.
+    Raises ControlError for the first that does not fit; of several unknown ones, QEMU names any.
     """
     checked: dict[str, Any] = {}
     for argument in declared:

@@ -8,12 +8,11 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from replnbd.control.backend import Backend
-from replnbd.control.commands import COMMANDS, Command
 from replnbd.control.session import Session
 from replnbd.control.wire import encode, error_message, event_message
 from replnbd.errors import ConfigError
@@ -24,17 +23,16 @@ CLIENTS_MAX = 64
 """A manager, a watcher and a few command lines at a time; QEMU's monitor takes one client."""
 
 _BACKLOG = 16
+_LOCK_ATTEMPTS = 200
+_LOCK_INTERVAL_S = 0.01
 
 
 class ControlServer:
     """Serves QMP on a unix socket that only its owner (and root) may connect to."""
 
-    def __init__(
-        self, backend: Backend, path: str | Path, commands: Mapping[str, Command] = COMMANDS
-    ) -> None:
+    def __init__(self, backend: Backend, path: str | Path) -> None:
         self._backend = backend
         self.path = os.fspath(path)
-        self._commands = commands
         self._sessions: dict[asyncio.Task[None], Session] = {}
         self._server: asyncio.Server | None = None
         self._identity: tuple[int, int] | None = None
@@ -44,7 +42,7 @@ class ControlServer:
         """Listen. Raises ConfigError, in one line, if the path cannot be used: another server
         answers there, it is no socket, or the directory is not ours to write."""
         assert self._server is None
-        listener = _bind(self.path)
+        listener = await _bind(self.path)
         try:
             status = os.stat(self.path)
             self._identity = (status.st_dev, status.st_ino)
@@ -98,13 +96,14 @@ class ControlServer:
             writer.write(encode(error_message(f"Too many clients, {CLIENTS_MAX} at most")))
             writer.close()
             return
-        session = Session(self._backend, self._commands, reader, writer)
+        session = Session(self._backend, reader, writer)
         task = session.start()
         self._sessions[task] = session
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        del self._sessions[task]
+        # A task cancelled before its first step has not closed its connection.
+        self._sessions.pop(task).abort()
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.error("control: bug in a session", exc_info=exc)
 
@@ -115,20 +114,20 @@ class ControlServer:
                 session.send_event(line)
 
 
-def _bind(path: str) -> socket.socket:
-    """A bound socket that does not listen yet; a dead server's socket file gives way."""
+async def _bind(path: str) -> socket.socket:
+    """A listening socket; a dead server's socket file gives way."""
     try:
         directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
     except OSError as exc:
         raise _unusable(path, exc) from exc
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Two daemons that start at once must not each remove the other's socket as a dead one.
-        fcntl.flock(directory, fcntl.LOCK_EX)
+        await _lock(directory, path)
         _remove_stale(path)
         listener.bind(path)
         # Nobody can connect before listen(), so nobody connects before the mode is right.
         os.chmod(path, 0o600)
+        # Before the lock is given up: who probes us next must find us alive.
         listener.listen(_BACKLOG)
     except OSError as exc:
         listener.close()
@@ -139,6 +138,21 @@ def _bind(path: str) -> socket.socket:
     finally:
         os.close(directory)
     return listener
+
+
+async def _lock(directory: int, path: str) -> None:
+    """Two daemons that start at once must not each remove the other's socket as a dead one.
+
+    The lock is held for a moment and given up when `directory` is closed. It is not waited for
+    without end: in a directory like /tmp anyone can take it.
+    """
+    for _ in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            await asyncio.sleep(_LOCK_INTERVAL_S)
+    raise ConfigError(f"control socket {path}: another process holds a lock on its directory")
 
 
 def _remove_stale(path: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from replnbd.control.backend import Backend
-from replnbd.control.commands import Command, version
+from replnbd.control.commands import COMMANDS, QUERIES, Command, version
 from replnbd.control.schema import check_arguments
 from replnbd.control.wire import JsonParser, Malformed, encode, error_message
 from replnbd.errors import ControlError, ReplnbdError
@@ -31,12 +30,10 @@ class Session:
     def __init__(
         self,
         backend: Backend,
-        commands: Mapping[str, Command],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
         self._backend = backend
-        self._commands = commands
         self._reader = reader
         self._writer = writer
         self._parser = JsonParser()
@@ -63,7 +60,7 @@ class Session:
         """End now: the command being run is cut short, and what is unsent is dropped."""
         self._writer.transport.abort()
         if self._task is not None:
-            self._task.cancel()
+            self._task.cancel()  # nothing, if it has ended
 
     async def _run(self) -> None:
         try:
@@ -152,7 +149,7 @@ class Session:
             raise ControlError(
                 "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
             )
-        command = self._commands.get(name)
+        command = COMMANDS.get(name)
         if command is None:
             raise ControlError(f"The command {name} has not been found", "CommandNotFound")
         if "exec-oob" in message:
@@ -165,11 +162,17 @@ class Session:
             self._negotiated = True
             self._oob = "oob" in arguments.get("enable", ())
             return {}
+        # %r: a client's text cannot forge a line of the log.
+        level = logging.DEBUG if command.name in QUERIES else logging.INFO
+        log.log(level, "control: %s %r", command.name, arguments)
         return await command.handler(self._backend, arguments)
 
 
 def check_message(message: dict[str, Any], *, oob_allowed: bool) -> str:
-    """The name of the command; ControlError if the members are not those of a command."""
+    """The name of the command; ControlError if the members are not those of a command.
+
+    Of several members that are wrong, this names the first; QEMU any one (the order of a hash).
+    """
     name: str | None = None
     for member, value in message.items():
         if member == "execute" or (member == "exec-oob" and oob_allowed):

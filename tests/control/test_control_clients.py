@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,6 @@ from qemu.qmp import ExecuteError, QMPClient
 
 from replnbd.control import ControlClient, ControlServer
 from replnbd.errors import ConfigError, ControlError, ProtocolError, StateError
-
-
-@pytest.fixture
-def backend() -> FakeBackend:
-    return FakeBackend()
-
-
-@pytest.fixture
-async def server(backend: FakeBackend, short_dir: Path) -> AsyncIterator[ControlServer]:
-    server = ControlServer(backend, short_dir / "qmp.sock")
-    await server.start()
-    yield server
-    await server.close()
-
 
 # Section: our client
 
@@ -60,9 +46,28 @@ async def test_own_client_keeps_events_that_come_before_a_reply(server: ControlS
     def talk() -> list[str]:
         with ControlClient(server.path, timeout_s=20) as client:
             assert client.execute("quit") == {}
-            return [client.next_event()["event"]]
+            event = client.next_event()
+            assert event is not None
+            assert client.next_event(timeout_s=0) is None
+            return [event["event"]]
 
     assert await asyncio.to_thread(talk) == ["SHUTDOWN"]
+
+
+async def test_own_client_gives_up_on_a_command_that_takes_too_long(
+    server: ControlServer, backend: FakeBackend
+) -> None:
+    backend.checkpoint_gate = asyncio.Event()
+
+    def talk() -> None:
+        with ControlClient(server.path, timeout_s=0.2) as client:
+            with pytest.raises(ProtocolError, match="no answer in time"):
+                client.execute("xen-colo-do-checkpoint")
+            with pytest.raises(ProtocolError):
+                client.execute("query-jobs")
+
+    await asyncio.to_thread(talk)
+    backend.checkpoint_gate.set()
 
 
 def _listening(path: Path) -> socket.socket:

@@ -1,4 +1,4 @@
-"""The control socket from the outside: clients, order, events, limits, life and death."""
+"""The control socket from the outside: several clients, events, limits, life and death."""
 
 from __future__ import annotations
 
@@ -7,32 +7,18 @@ import json
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 from control_fakes import FakeBackend, RawClient
 
-from replnbd import __version__
 from replnbd.control import ControlServer
 from replnbd.control.server import CLIENTS_MAX
 from replnbd.control.session import EVENT_BACKLOG_MAX
 from replnbd.control.wire import MESSAGE_SIZE_MAX
-from replnbd.errors import ConfigError, StateError
-
-
-@pytest.fixture
-def backend() -> FakeBackend:
-    return FakeBackend()
-
-
-@pytest.fixture
-async def server(backend: FakeBackend, short_dir: Path) -> AsyncIterator[ControlServer]:
-    server = ControlServer(backend, short_dir / "qmp.sock")
-    await server.start()
-    yield server
-    await server.close()
-
+from replnbd.errors import ConfigError
 
 # Section: the socket
 
@@ -101,155 +87,39 @@ async def test_close_leaves_a_socket_that_took_our_place(
         assert path.is_socket()
 
 
-# Section: the protocol
-
-
-async def test_greeting_names_replnbd_in_the_shape_of_qemu(server: ControlServer) -> None:
-    client = RawClient(*await asyncio.open_unix_connection(server.path))
-    greeting = json.loads(await client.line())
-    major, minor, micro = (int(part) for part in __version__.split("."))
-    assert greeting == {
-        "QMP": {
-            "version": {
-                "qemu": {"major": major, "minor": minor, "micro": micro},
-                "package": f"replnbd {__version__}",
-            },
-            "capabilities": ["oob"],
-        }
-    }
-    await client.close()
-
-
-async def test_commands_of_one_packet_are_answered_in_order_with_their_ids(
-    server: ControlServer, backend: FakeBackend
+async def test_of_two_servers_that_start_at_once_one_wins_and_works(
+    backend: FakeBackend, short_dir: Path
 ) -> None:
-    client = await RawClient.negotiated(server.path)
-    await client.send(
-        b"{'execute':'xen-set-replication','id':1,'arguments':{'enable':true,'primary':false}}"
-        b'{"execute":"xen-colo-do-checkpoint","id":[2,{"a":null}]}'
-        b'{"execute":"xen-set-replication","id":"3","arguments":'
-        b'{"enable":false,"failover":true,"primary":false}}'
-    )
-    replies = [json.loads(await client.line()) for _ in range(3)]
-    assert replies == [
-        {"return": {}, "id": 1},
-        {"return": {}, "id": [2, {"a": None}]},
-        {"return": {}, "id": "3"},
-    ]
-    assert backend.calls == [
-        ("set_replication", True, False, False),
-        ("checkpoint",),
-        ("checkpoint done",),
-        ("set_replication", False, False, True),
-    ]
-    await client.close()
+    path = short_dir / "qmp.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    servers = [ControlServer(backend, path) for _ in range(5)]
+    started = await asyncio.gather(*(s.start() for s in servers), return_exceptions=True)
+    assert sorted(type(result).__name__ for result in started) == ["ConfigError"] * 4 + ["NoneType"]
+    await (await RawClient.negotiated(path)).close()
+    for server in servers:
+        await server.close()
 
 
-async def test_end_of_input_comes_after_the_answers(server: ControlServer) -> None:
-    client = await RawClient.connect(server.path)
-    await client.send(b'{"execute":"qmp_capabilities"}{"execute":"query-jobs"}{"execute"')
-    client.writer.write_eof()
-    assert await client.line() == b'{"return": {}}'
-    assert b"backup-colo0" in await client.line()
-    assert await client.line() == b""
-    await client.close()
-
-
-@pytest.mark.parametrize(
-    ("command", "answer"),
-    [
-        ('"query-xen-replication-status"', {"error": False}),
-        ('"x-replnbd-status"', {"disks": []}),
-        ('"x-replnbd-reset","arguments":{"force":true}', {}),
-        ('"nbd-server-add","arguments":{"device":"top0"}', {}),
-        ('"nbd-server-remove","arguments":{"name":"colo0","mode":"hard"}', {}),
-        ('"nbd-server-stop"', {}),
-        ('"job-pause","arguments":{"id":"backup-colo0"}', {}),
-        ('"job-resume","arguments":{"id":"backup-colo0"}', {}),
-        ('"job-cancel","arguments":{"id":"commit-colo0"}', {}),
-        ('"block-job-set-speed","arguments":{"device":"commit-colo0","speed":5}', {}),
-    ],
-)
-async def test_command_succeeds(server: ControlServer, command: str, answer: object) -> None:
-    client = await RawClient.negotiated(server.path)
-    reply = json.loads(await client.ask(b'{"execute":' + command.encode() + b"}"))
-    assert reply == {"return": answer}
-    await client.close()
-
-
-async def test_arguments_reach_the_backend_with_qemus_defaults(
-    server: ControlServer, backend: FakeBackend
+async def test_connection_of_the_moment_of_closing_is_closed(
+    backend: FakeBackend, short_dir: Path
 ) -> None:
-    client = await RawClient.negotiated(server.path)
-    await client.ask(b'{"execute":"nbd-server-add","arguments":{"device":"top0"}}')
-    await client.ask(
-        b'{"execute":"nbd-server-add","arguments":'
-        b'{"device":"top0","name":"n","description":"d","writable":true}}'
-    )
-    await client.ask(b'{"execute":"nbd-server-remove","arguments":{"name":"colo0"}}')
-    await client.ask(b'{"execute":"x-replnbd-reset"}')
-    assert backend.calls == [
-        ("nbd_server_add", "top0", "top0", None, False),
-        ("nbd_server_add", "top0", "n", "d", True),
-        ("nbd_server_remove", "colo0", "safe"),
-        ("reset", False),
-    ]
-    await client.close()
-
-
-# Section: failures
-
-
-@pytest.mark.parametrize(
-    ("failure", "desc"),
-    [
-        (
-            StateError("Block replication is running or done"),
-            "Block replication is running or done",
-        ),
-        (OSError(28, "No space left on device"), "xen-set-replication: No space left on device"),
-        (OSError(5, "Input/output error", "a.qcow2"), "a.qcow2: Input/output error"),
-        (TimeoutError(), "xen-set-replication: TimeoutError"),
-    ],
-)
-async def test_expected_failure_is_a_generic_error_with_its_text(
-    server: ControlServer, backend: FakeBackend, failure: Exception, desc: str
-) -> None:
-    backend.failure = failure
-    client = await RawClient.negotiated(server.path)
-    command = b'{"execute":"xen-set-replication","arguments":{"enable":true,"primary":false}}'
-    reply = json.loads(await client.ask(command))
-    assert reply == {"error": {"class": "GenericError", "desc": desc}}
-    await client.close()
-
-
-async def test_bug_in_a_handler_is_logged_and_the_session_lives(
-    server: ControlServer, backend: FakeBackend, caplog: pytest.LogCaptureFixture
-) -> None:
-    backend.failure = ZeroDivisionError("the bug")
-    client = await RawClient.negotiated(server.path)
-    reply = json.loads(
-        await client.ask(
-            b'{"execute":"xen-set-replication","id":7,"arguments":{"enable":true,"primary":false}}'
-        )
-    )
-    assert reply["error"]["class"] == "GenericError"
-    assert reply["error"]["desc"].startswith("internal error")
-    assert reply["id"] == 7
-    assert "ZeroDivisionError: the bug" in caplog.text
-    assert b"return" in await client.ask(b'{"execute":"query-jobs"}')
-    await client.close()
-
-
-async def test_result_that_is_no_json_is_an_internal_error(
-    server: ControlServer, backend: FakeBackend
-) -> None:
-    backend.reported = {"ratio": float("nan")}
-    client = await RawClient.negotiated(server.path)
-    reply = json.loads(await client.ask(b'{"execute":"x-replnbd-status","id":1}'))
-    assert reply["error"]["desc"].startswith("internal error")
-    assert reply["id"] == 1
-    await client.close()
+    server = ControlServer(backend, short_dir / "qmp.sock")
+    await server.start()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(server.path)
+        client.setblocking(False)
+        closing = asyncio.create_task(server.close())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await closing
+        client.setblocking(True)
+        client.settimeout(20)
+        try:
+            while client.recv(4096):
+                pass
+        except ConnectionError:
+            pass
 
 
 # Section: several clients, events
@@ -416,3 +286,34 @@ async def test_close_cuts_off_what_does_not_end(
     deaf.writer.transport.resume_reading()  # type: ignore[attr-defined]
     await stuck.close()
     await deaf.close()
+
+
+# Section: the other loop
+
+Scenario = Callable[[ControlServer, FakeBackend], Awaitable[None]]
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        test_long_command_does_not_hold_up_other_clients,
+        test_command_runs_to_its_end_when_its_client_leaves,
+        test_events_reach_every_negotiated_client_and_no_other,
+        test_client_that_never_reads_is_dropped_and_the_others_hear_everything,
+        test_quit_sends_shutdown_to_all_answers_and_tells_the_backend,
+        test_close_lets_a_running_command_answer,
+        test_close_cuts_off_what_does_not_end,
+    ],
+)
+def test_scenario_is_the_same_on_uvloop_which_the_daemon_uses(
+    short_dir: Path, scenario: Scenario
+) -> None:
+    async def life() -> None:
+        backend = FakeBackend()
+        server = ControlServer(backend, short_dir / "qmp.sock")
+        await server.start()
+        await scenario(server, backend)
+        await server.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(life())
