@@ -112,6 +112,7 @@ class FileNode(BlockNode):
 
     async def truncate(self, size: int) -> None:
         await run_blocking(os.ftruncate, self._fd, size)
+        self.size = size
 
     async def flush(self) -> None:
         await run_blocking(os.fdatasync, self._fd)

@@ -82,7 +82,7 @@ async def _prepare_writing(file: BlockNode, path: str, header: Header) -> Header
             "writing would make wrong; remove them with: qemu-img bitmap --remove"
         )
     if header.dirty:
-        from replnbd.qcow2.check import repair_refcounts  # type: ignore[import-not-found]
+        from replnbd.qcow2.check import repair_refcounts
 
         log.warning("%s: the image was not closed properly: repairing its refcounts", path)
         await repair_refcounts(file, header)
