@@ -16,6 +16,7 @@ The *backend* is what the commands act on.
     commands  name -> arguments and handler; the list of all commands
     backend   the Protocol that the daemon implements; control knows nothing else of replication
     session   one client: negotiation, commands in order, replies, events
+    throttle  events that may come in floods, once a second
     server    the listening socket, all sessions, the event bus
     client    a blocking client for the command line and for tests
 

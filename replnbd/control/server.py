@@ -14,6 +14,7 @@ from typing import Any
 
 from replnbd.control.backend import Backend
 from replnbd.control.session import Session
+from replnbd.control.throttle import Throttle
 from replnbd.control.wire import encode, error_message, event_message
 from replnbd.errors import ConfigError
 
@@ -36,7 +37,9 @@ class ControlServer:
         self._sessions: dict[asyncio.Task[None], Session] = {}
         self._server: asyncio.Server | None = None
         self._identity: tuple[int, int] | None = None
+        self._throttle: Throttle | None = None
         self._unsubscribe: Callable[[], None] | None = None
+        self._refusal: str | None = None
 
     async def start(self) -> None:
         """Listen. Raises ConfigError, in one line, if the path cannot be used: another server
@@ -52,8 +55,16 @@ class ControlServer:
         except BaseException:
             listener.close()
             raise
+        self._throttle = Throttle(self._send_event, asyncio.get_running_loop().call_later)
         self._unsubscribe = self._backend.events.subscribe(self._on_event)
         log.info("control: listening on %s", self.path)
+
+    def refuse_changes(self, reason: str) -> None:
+        """From now on answer `reason` to every command that is no query; replies under way and
+        events still go out. For the time between the decision to end and `close`."""
+        self._refusal = reason
+        for session in self._sessions.values():
+            session.refusal = reason
 
     async def close(self, timeout_s: float = 1.0) -> None:
         """Stop listening, let commands end and clients read what was sent to them, for
@@ -65,6 +76,8 @@ class ControlServer:
         server.close()
         if self._unsubscribe is not None:
             self._unsubscribe()
+        if self._throttle is not None:
+            self._throttle.close()
         for session in tuple(self._sessions.values()):
             session.stop()
         if self._sessions:
@@ -97,6 +110,7 @@ class ControlServer:
             writer.close()
             return
         session = Session(self._backend, reader, writer)
+        session.refusal = self._refusal
         task = session.start()
         self._sessions[task] = session
         task.add_done_callback(self._ended)
@@ -108,10 +122,13 @@ class ControlServer:
             log.error("control: bug in a session", exc_info=exc)
 
     def _on_event(self, name: str, data: dict[str, Any]) -> None:
-        if self._sessions:
-            line = encode(event_message(name, data))
-            for session in self._sessions.values():
-                session.send_event(line)
+        if self._sessions and self._throttle is not None:
+            self._throttle.pass_on(event_message(name, data))
+
+    def _send_event(self, message: dict[str, Any]) -> None:
+        line = encode(message)
+        for session in self._sessions.values():
+            session.send_event(line)
 
 
 async def _bind(path: str) -> socket.socket:

@@ -42,6 +42,8 @@ class Session:
         self._busy = False
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
+        self.refusal: str | None = None
+        """If set, the answer to every command that is no query."""
 
     # Section: life
 
@@ -162,6 +164,8 @@ class Session:
             self._negotiated = True
             self._oob = "oob" in arguments.get("enable", ())
             return {}
+        if self.refusal is not None and command.name not in QUERIES:
+            raise ControlError(self.refusal)
         # %r: a client's text cannot forge a line of the log.
         level = logging.DEBUG if command.name in QUERIES else logging.INFO
         log.log(level, "control: %s %r", command.name, arguments)

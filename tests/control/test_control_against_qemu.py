@@ -32,10 +32,14 @@ def qemu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
-        while not path.exists():
+        while True:
             assert process.poll() is None, "QEMU ended"
             assert time.monotonic() < deadline, "QEMU does not listen"
-            time.sleep(0.01)
+            try:
+                ask_blocking(path, b"")
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.01)
         yield path
     finally:
         process.kill()

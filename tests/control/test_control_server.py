@@ -178,6 +178,21 @@ async def test_events_reach_every_negotiated_client_and_no_other(
         await client.close()
 
 
+async def test_flood_of_io_errors_is_one_event_now_and_the_last_one_later(
+    server: ControlServer, backend: FakeBackend
+) -> None:
+    client = await RawClient.negotiated(server.path)
+    for count in range(100_000):
+        backend.events.emit("BLOCK_IO_ERROR", device="d", operation="write", count=count)
+    backend.events.emit("x-replnbd-stage", device="d")
+    assert json.loads(await client.line())["data"]["count"] == 0
+    assert b"x-replnbd-stage" in await client.line()
+    await server.close()  # which sends what was held back
+    assert json.loads(await client.line())["data"]["count"] == 99_999
+    assert await client.line() == b""
+    await client.close()
+
+
 async def test_client_that_never_reads_is_dropped_and_the_others_hear_everything(
     server: ControlServer, backend: FakeBackend
 ) -> None:
@@ -250,6 +265,19 @@ async def test_quit_sends_shutdown_to_all_answers_and_tells_the_backend(
     assert await other.line() == b""
     await client.close()
     await other.close()
+
+
+async def test_daemon_that_ends_answers_queries_and_refuses_changes(
+    server: ControlServer, backend: FakeBackend
+) -> None:
+    client = await RawClient.negotiated(server.path)
+    server.refuse_changes("replnbd is shutting down")
+    late = await RawClient.negotiated(server.path)
+    for each in (client, late):
+        assert b"replnbd is shutting down" in await each.ask(b'{"execute":"nbd-server-stop"}')
+        assert b"return" in await each.ask(b'{"execute":"x-replnbd-status"}')
+        await each.close()
+    assert backend.calls == []
 
 
 async def test_close_lets_a_running_command_answer(
