@@ -363,6 +363,7 @@ class Connection(asyncio.BufferedProtocol):
             if reply is None:
                 self._put(0, request.cookie)
             else:
+                self._outbox.flush()  # any order will do, but the order of requests is nicest
                 self._send(reply, request.cookie)
         except (Exception, asyncio.CancelledError) as exc:
             self._put(self._error_of(exc, request), request.cookie)
@@ -448,8 +449,10 @@ class Connection(asyncio.BufferedProtocol):
         """The wire error for what an operation raised."""
         if isinstance(exc, OSError):
             return self.export.report_error(exc, request.command, request.flags, self._bus)
-        # A bug of ours, or a cancelled operation: the client gets an answer, the log the truth.
         self.export.stats.errors += 1
+        if isinstance(exc, asyncio.CancelledError):
+            return c.ESHUTDOWN  # only an ending loop cancels operations
+        # A bug of ours: the client gets an answer, the log the truth.
         log.error(
             "export %s: %s at %d, length %d: bug in node %s",
             self.export.name,
