@@ -1,1 +1,63 @@
-"""(room to be built)"""
+"""The command line: doors for people; each command is a thin client of the daemon or its socket.
+
+    serve.py      serve, secondary: run a daemon in the foreground
+    commands.py   start, checkpoint, stop, failover, reset, status, jobs: over the control socket
+    image.py      image create, info, check, map: images without a daemon
+    show.py       how things look on a terminal, and as plain lines elsewhere
+
+Laws. Exit code 0: done; 1: failed, with one line on stderr that says what and what to do; 2: the
+command line itself was wrong. Never a traceback but for a bug of ours. `--json` wherever
+something is listed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from replnbd import __version__
+from replnbd.cli import commands, image, serve
+from replnbd.errors import ReplnbdError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="replnbd")
+def cli() -> None:
+    """Keep a hot standby of a disk over plain NBD.
+
+    The primary writes the disk NAME through NBD; the standby works on the view TOP-ID, which
+    stands still at the last checkpoint. A checkpoint moves the view on, a failover makes it
+    the disk.
+    """
+
+
+for command in (*serve.COMMANDS, *commands.COMMANDS, image.image):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the `replnbd` command."""
+    try:
+        cli.main(prog_name="replnbd", standalone_mode=False)
+    except click.UsageError as exc:
+        name = exc.ctx.command_path if exc.ctx is not None else "replnbd"
+        _fail(f"{name}: {exc.format_message()} (see '{name} --help')", 2)
+    except click.exceptions.Exit as exc:
+        sys.exit(exc.exit_code)
+    except click.Abort:
+        _fail("replnbd: interrupted", 1)
+    except ReplnbdError as exc:
+        _fail(f"replnbd: {exc}", 1)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`replnbd status | head`).
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as exc:
+        where = f"{exc.filename}: " if exc.filename else ""
+        _fail(f"replnbd: {where}{exc.strerror or exc}", 1)
+
+
+def _fail(text: str, code: int) -> None:
+    print(" ".join(text.split()), file=sys.stderr)
+    sys.exit(code)

@@ -1,1 +1,31 @@
-"""(room to be built)"""
+"""The daemon: a configuration put to work.
+
+    config.py     the TOML file, checked whole before anything is opened
+    images.py     from a path and a format to a node, from a [[disk]] table to a disk
+    daemon.py     Daemon: disks, exports, control; what QMP commands act on
+    describe.py   what status and queries tell
+    standby.py    Standby: the same as a library, inside another program
+    run.py        as a process: logging, signals, an orderly end
+
+Laws. Nothing is changed on disk before all of the configuration has been found good. What was
+opened is closed in the opposite order: clients first, then jobs, then the images, flushed.
+"""
+
+from replnbd.daemon.config import Config, DiskConfig, ServerConfig, check_config, load_config
+from replnbd.daemon.daemon import Daemon
+from replnbd.daemon.images import open_image
+from replnbd.daemon.run import run, set_up_logging
+from replnbd.daemon.standby import Standby
+
+__all__ = [
+    "Config",
+    "Daemon",
+    "DiskConfig",
+    "ServerConfig",
+    "Standby",
+    "check_config",
+    "load_config",
+    "open_image",
+    "run",
+    "set_up_logging",
+]

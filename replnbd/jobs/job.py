@@ -120,6 +120,24 @@ class Job(ABC):
             description["error"] = self._error_text()
         return description
 
+    def describe_block_job(self) -> dict[str, Any]:
+        """A member of the answer to `query-block-jobs`."""
+        description = self.describe()
+        job_id, length = description.pop("id"), description.pop("total-progress")
+        paused = not self._resumed.is_set()
+        return description | {
+            "device": job_id,
+            "len": length,
+            "offset": description.pop("current-progress"),
+            "busy": self._task is not None and not paused,
+            "paused": paused,
+            "speed": self.speed,
+            "io-status": "ok" if self.error is None else "failed",
+            "ready": False,
+            "auto-finalize": True,
+            "auto-dismiss": True,
+        }
+
     async def pause_point(self, bytes_done: int = 0) -> None:
         """Let others run; wait while paused, and for as long as the speed limit demands for
         the bytes just done. Hold no lock here."""

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.replication.disk import StandbyDisk
-from replnbd.replication.stage import Command
+from replnbd.replication.stage import Command, Stage
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,15 @@ class Group:
             async with self._drained(disks):
                 for disk in disks:
                     await disk.fail_over()
+
+    async def wait_committed(self) -> None:
+        """Wait until no commit is under way; StateError if one has failed or was cancelled."""
+        for disk in self.disks:
+            if disk.stage is Stage.FAILOVER and disk.job is not None:
+                await disk.job.wait()
+        failed = [disk for disk in self.disks if disk.stage is Stage.FAILOVER_FAILED]
+        if failed:
+            raise StateError("; ".join(f"'{disk.name}': {disk.error}" for disk in failed))
 
     async def reset(self, *, force: bool = False) -> None:
         """From *done* or *failover-failed* back to *none*, with empty overlays and no fence.

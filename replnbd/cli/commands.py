@@ -1,0 +1,158 @@
+"""The commands that speak to a running daemon over its control socket."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from replnbd.cli import show
+from replnbd.control import ControlClient
+from replnbd.daemon.config import default_control
+from replnbd.errors import StateError
+
+control = click.option(
+    "--control",
+    type=click.Path(),
+    default=default_control,
+    show_default="$REPLNBD_CONTROL, or replnbd/qmp.sock in the run directory",
+    help="Path of the daemon's QMP socket.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+_POLL_S = 0.2
+
+
+@click.command()
+@control
+def start(control: str) -> None:
+    """Start replication on all disks, with a first checkpoint."""
+    with ControlClient(control) as client:
+        client.execute("xen-set-replication", enable=True, primary=False)
+        _say_stages(client)
+
+
+@click.command()
+@control
+def checkpoint(control: str) -> None:
+    """Move the standby's view of all disks on to now; its own writes are dropped."""
+    with ControlClient(control) as client:
+        client.execute("xen-colo-do-checkpoint")
+        for disk in client.execute("x-replnbd-status")["disks"]:
+            click.echo(f"{disk['name']}: {disk['stage']}, checkpoint {disk['checkpoints']}")
+
+
+@click.command()
+@control
+def stop(control: str) -> None:
+    """Stop replication: each disk is the primary's latest, both overlays are emptied."""
+    with ControlClient(control) as client:
+        client.execute("xen-set-replication", enable=False, primary=False)
+        _say_stages(client)
+
+
+@click.command()
+@control
+@click.option("--wait", is_flag=True, help="Wait until all is committed, with a progress bar.")
+def failover(control: str, wait: bool) -> None:
+    """Fence the primary and make the standby's view the disk, on all disks.
+
+    The view can be used all the while; the commit goes on in the background. After a failed
+    commit, the same command tries it again.
+    """
+    with ControlClient(control) as client:
+        client.execute("xen-set-replication", enable=False, primary=False, failover=True)
+        if wait:
+            _wait_for_commit(client)
+        _say_stages(client)
+
+
+@click.command()
+@control
+@click.option("--force", is_flag=True, help="Even if overlays hold data that is in no disk.")
+def reset(control: str, force: bool) -> None:
+    """Back to stage 'none' with empty overlays and no fence, to be replicated again."""
+    with ControlClient(control) as client:
+        client.execute("x-replnbd-reset", force=force)
+        _say_stages(client)
+
+
+@click.command()
+@control
+@as_json
+@click.option("--watch", is_flag=True, help="Redraw in place, until interrupted.")
+@click.option("--interval", type=click.FloatRange(0.1), default=1.0, help="Seconds, with --watch.")
+def status(control: str, as_json: bool, watch: bool, interval: float) -> None:
+    """Show every disk: stage, checkpoint, what the overlays hold, connections."""
+    with ControlClient(control) as client:
+
+        def ask() -> dict[str, Any]:
+            answer: dict[str, Any] = client.execute("x-replnbd-status")
+            return answer
+
+        if not watch:
+            answer = ask()
+            show.json(answer) if as_json else show.status(answer)
+            return
+        try:
+            if as_json or not sys.stdout.isatty():
+                while True:
+                    answer = ask()
+                    show.json(answer, indent=None) if as_json else show.status(answer)
+                    time.sleep(interval)
+            with Live(show.status_table(ask()), auto_refresh=False) as live:
+                while True:
+                    time.sleep(interval)
+                    live.update(show.status_table(ask()), refresh=True)
+        except KeyboardInterrupt:
+            return
+
+
+@click.command()
+@control
+@as_json
+def jobs(control: str, as_json: bool) -> None:
+    """List the jobs: backup (copy-before-write) and commit, with their progress."""
+    with ControlClient(control) as client:
+        listed = client.execute("query-jobs")
+    show.json(listed) if as_json else show.jobs(listed)
+
+
+def _say_stages(client: ControlClient) -> None:
+    for disk in client.execute("x-replnbd-status")["disks"]:
+        click.echo(f"{disk['name']}: {disk['stage']}")
+
+
+def _wait_for_commit(client: ControlClient) -> None:
+    """Until no disk is in stage *failover*; StateError if one has failed."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, disable=not sys.stdout.isatty()) as bars:
+        rows = {}
+        while True:
+            disks = client.execute("x-replnbd-status")["disks"]
+            for disk in disks:
+                name, job = disk["name"], disk["job"]
+                if name not in rows:
+                    rows[name] = bars.add_task(f"commit {name}", total=None)
+                if job is not None:
+                    done, total = job["current-progress"], job["total-progress"]
+                    bars.update(rows[name], completed=done, total=max(done, total))
+            if all(disk["stage"] != "failover" for disk in disks):
+                break
+            time.sleep(_POLL_S)
+    failed = [disk for disk in disks if disk["stage"] == "failover-failed"]
+    if failed:
+        what = "; ".join(f"'{disk['name']}': {disk['error']}" for disk in failed)
+        raise StateError(f"the commit failed: {what}; 'replnbd failover' tries it again")
+
+
+COMMANDS = (start, checkpoint, stop, failover, reset, status, jobs)

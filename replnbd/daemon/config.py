@@ -1,0 +1,176 @@
+"""The configuration file: TOML, checked whole before anything is opened.
+
+Every error is one line that names the file, the table and the key.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from replnbd.errors import ConfigError
+
+DEFAULT_LISTEN = "nbd://127.0.0.1:10809"
+
+
+def default_control() -> str:
+    """Where the QMP socket is unless somebody says so: $REPLNBD_CONTROL, or in /run for root and
+    in the user's own run directory for others. The clients' default, too."""
+    if path := os.environ.get("REPLNBD_CONTROL"):
+        return path
+    if os.geteuid() == 0:
+        return "/run/replnbd/qmp.sock"
+    run_directory = os.environ.get("XDG_RUNTIME_DIR") or os.path.expanduser("~/.cache")
+    return os.path.join(run_directory, "replnbd", "qmp.sock")
+
+
+_NAME_MAX = 4096  # NBD's bound on an export name (proto.md, "Values"); QEMU's, too
+
+
+class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """Table [server]. `listen`: NBD URIs; `control`: path of the QMP socket. In a program that
+    drives the standby itself, both may be missing (an empty list, None)."""
+
+    listen: list[str] = msgspec.field(default_factory=lambda: [DEFAULT_LISTEN])
+    control: str | None = msgspec.field(default_factory=default_control)
+
+
+class DiskConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """One [[disk]] table. Paths are absolute after `load_config` and `secondary_disk`."""
+
+    name: str
+    mode: str | None = None
+    top_id: str | None = None
+    secondary: str | None = None
+    format: Literal["raw", "qcow2"] | None = None
+    hidden: str | None = None
+    active: str | None = None
+    durability: Literal["process", "power"] = "process"
+    disk: str | None = None
+    to: str | None = None
+    sync: bool | None = None
+
+    @property
+    def secondary_format(self) -> str:
+        """ "raw" or "qcow2", by `format` or the file's name; never by its content, because a
+        guest can write a qcow2 header into its raw disk (CVE-2008-2004)."""
+        if self.format is not None:
+            return self.format
+        return "qcow2" if str(self.secondary).endswith(".qcow2") else "raw"
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """A whole configuration. Several disks are one group."""
+
+    server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    disk: list[DiskConfig] = msgspec.field(default_factory=list)
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and check a configuration file; ConfigError says what is wrong, and where."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{path}: not valid TOML: {exc}") from exc
+    try:
+        config = msgspec.convert(tables, Config)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{path}: {_place(str(exc))}") from exc
+    try:
+        if not config.server.listen:
+            raise ConfigError("[server] key 'listen': needs at least one NBD URI")
+        return check_config(config, path.resolve().parent)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}") from None
+
+
+def check_config(config: Config, directory: Path) -> Config:
+    """Check what types cannot say, fill in defaults, make paths absolute from `directory`."""
+    server = config.server
+    if server.control is not None:
+        server.control = str(directory / server.control)
+    if not config.disk:
+        raise ConfigError("no [[disk]] table: nothing to serve")
+    taken: dict[str, str] = {}
+    for number, disk in enumerate(config.disk, 1):
+        where = f"[[disk]] {number} ('{disk.name}')"
+        try:
+            _check_disk(disk, directory)
+        except ConfigError as exc:
+            raise ConfigError(f"{where}: {exc}") from None
+        for key, name in (("name", disk.name), ("top-id", disk.top_id)):
+            if name is not None and name in taken:
+                raise ConfigError(f"{where} key '{key}': '{name}' is also {taken[name]}")
+            if name is not None:
+                taken[name] = f"the {key} of [[disk]] {number}"
+    return config
+
+
+def _check_disk(disk: DiskConfig, directory: Path) -> None:
+    if not disk.name:
+        raise ConfigError("key 'name': an export needs a name")
+    # The four texts are those of QEMU's driver options.
+    if disk.mode is None:
+        raise ConfigError("key 'mode': Missing the option mode")
+    if disk.mode not in ("primary", "secondary"):
+        raise ConfigError(
+            f"key 'mode': The option mode's value should be primary or secondary, not '{disk.mode}'"
+        )
+    if disk.mode == "primary":
+        if disk.top_id is not None:
+            raise ConfigError("key 'top-id': The primary side does not support option top-id")
+        raise ConfigError("key 'mode': mode = \"primary\" is not available yet")
+    if not disk.top_id:
+        raise ConfigError("key 'top-id': Missing the option top-id")
+    for key in ("name", "top_id"):
+        value = getattr(disk, key)
+        if len(value.encode()) > _NAME_MAX or "\0" in value:
+            raise ConfigError(
+                f"key '{key.replace('_', '-')}': longer than {_NAME_MAX} bytes, or has a NUL"
+            )
+    for key in ("disk", "to", "sync"):
+        if getattr(disk, key) is not None:
+            raise ConfigError(f"key '{key}' belongs to mode = \"primary\"")
+    if not disk.secondary:
+        raise ConfigError("key 'secondary' is missing: the file of the secondary disk")
+    if disk.durability != "process":
+        raise ConfigError(f"key 'durability': \"{disk.durability}\" is not available yet")
+    disk.hidden = disk.hidden or f"{disk.secondary}.hidden.qcow2"
+    disk.active = disk.active or f"{disk.secondary}.active.qcow2"
+    disk.format = disk.secondary_format  # type: ignore[assignment]
+    for key in ("secondary", "hidden", "active"):
+        setattr(disk, key, str(directory / getattr(disk, key)))
+
+
+_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_TOML_TYPES = {"str": "string", "int": "integer", "bool": "boolean", "null": "nothing"}
+
+
+def _place(text: str) -> str:
+    """msgspec's "Expected `str`, got `int` - at `$.disk[0].name`" in the words of TOML."""
+    match = _PLACE.match(text)
+    assert match is not None
+    what = re.sub(r"`(\w+)( \| null)?`", lambda m: _TOML_TYPES.get(m[1], m[0]), match["what"])
+    what = what.replace("Object contains unknown field", "unknown key")
+    what = what.replace("Object missing required field", "missing key")
+    what = what.replace("Expected", "expected", 1).replace("Invalid", "invalid", 1)
+    path = match["path"] or ""
+    table, _, key = path.partition(".")
+    table = re.sub(r"^disk\[(\d+)\]$", lambda m: f"[[disk]] {int(m[1]) + 1}", table)
+    if table and not table.startswith("["):
+        table = f"[{table}]"
+    parts = [table, f"key '{key}'" if key else ""]
+    place = " ".join(part for part in parts if part)
+    return f"{place}: {what}" if place else what

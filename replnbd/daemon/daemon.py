@@ -1,0 +1,242 @@
+"""Daemon: a configuration put to work. It owns everything, and is what QMP commands act on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Coroutine
+from typing import Any
+
+from replnbd import __version__
+from replnbd.block import BlockNode
+from replnbd.control import ControlServer
+from replnbd.daemon.config import Config
+from replnbd.daemon.describe import describe_node, disk_nodes, disk_status
+from replnbd.daemon.images import open_disk
+from replnbd.errors import ControlError, StateError
+from replnbd.events import EventBus
+from replnbd.jobs import JobRegistry
+from replnbd.replication import Group, StandbyDisk
+from replnbd.server import Export, NbdServer
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 3.0
+"""How long clients get to take their last replies; what is then left of 5 s flushes the disks."""
+
+
+class Daemon:
+    """A running replnbd: `async with Daemon(config) as daemon`, or `open` and `close`.
+
+    Implements `replnbd.control.Backend`; library users drive it by the same methods, or by
+    `group`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.events = EventBus()
+        self.jobs_registry = JobRegistry()
+        self.server = NbdServer(self.events)
+        self.group = Group((), self.events)
+        self.quit_requested = asyncio.Event()
+        """Set by `quit`: whoever runs the daemon then closes it."""
+        self._control: ControlServer | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Open the disks, then listen. ConfigError or ImageError says what is wrong, and then
+        nothing is open and no file has changed."""
+        created: list[str] = []
+        try:
+            await self._open_disks(created)
+            if self.config.server.control is not None:
+                self._control = ControlServer(self, self.config.server.control)
+                await self._control.start()
+            for uri in self.config.server.listen:
+                await self.server.listen(uri)
+        except BaseException:
+            await self.close()
+            for path in created:
+                os.unlink(path)
+            raise
+
+    async def close(self) -> None:
+        """An orderly end: clients are let go, jobs stopped, everything is flushed and closed."""
+        await self.server.close(timeout_s=CLOSE_TIMEOUT_S)
+        for task in tuple(self._tasks):
+            await asyncio.wait([task])
+        await self.group.close()
+        if self._control is not None:
+            await self._control.close()
+            self._control = None
+
+    async def __aenter__(self) -> Daemon:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # Section: replication (Backend)
+
+    async def set_replication(self, enable: bool, primary: bool, failover: bool) -> None:
+        """`xen-set-replication`; see `control.Backend`."""
+        if enable:
+            await self.group.start("primary" if primary else "secondary")
+        elif failover:
+            await self.group.failover()
+            # When the answer is given, no stale primary is connected any more.
+            await self._settle()
+        else:
+            await self.group.stop()
+
+    def replication_error(self) -> str | None:
+        """`query-xen-replication-status`; see `control.Backend`."""
+        return self.group.error()
+
+    async def checkpoint(self) -> None:
+        """`xen-colo-do-checkpoint`; see `control.Backend`."""
+        await self.group.checkpoint()
+
+    async def reset(self, force: bool) -> None:
+        """`x-replnbd-reset`; see `control.Backend`."""
+        await self.group.reset(force=force)
+
+    def status(self) -> dict[str, Any]:
+        """`x-replnbd-status`: all that is to be known, per disk."""
+        return {
+            "version": __version__,
+            "listen": list(self.server.uris),
+            "disks": [disk_status(disk, self.server.exports) for disk in self.group.disks],
+        }
+
+    # Section: jobs (Backend)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """`query-jobs`; see `control.Backend`."""
+        return [job.describe() for job in self.jobs_registry]
+
+    def block_jobs(self) -> list[dict[str, Any]]:
+        """`query-block-jobs`; see `control.Backend`."""
+        return [job.describe_block_job() for job in self.jobs_registry]
+
+    async def job_pause(self, job_id: str) -> None:
+        """`job-pause`; see `control.Backend`."""
+        self.jobs_registry.get(job_id).pause()
+
+    async def job_resume(self, job_id: str) -> None:
+        """`job-resume`; see `control.Backend`."""
+        self.jobs_registry.get(job_id).resume()
+
+    async def job_cancel(self, job_id: str) -> None:
+        """`job-cancel`; see `control.Backend`."""
+        await self.jobs_registry.get(job_id).cancel()
+
+    async def set_speed(self, job_id: str, speed_bytes: int) -> None:
+        """`block-job-set-speed`; see `control.Backend`."""
+        self.jobs_registry.get(job_id).set_speed(speed_bytes)
+
+    # Section: nodes and exports (Backend)
+
+    def block_nodes(self) -> list[dict[str, Any]]:
+        """`query-named-block-nodes`; see `control.Backend`."""
+        return [describe_node(node) for disk in self.group.disks for node in disk_nodes(disk)]
+
+    def block_exports(self) -> list[dict[str, Any]]:
+        """`query-block-exports`; see `control.Backend`."""
+        return [
+            {
+                "id": export.name,
+                "type": "nbd",
+                "node-name": export.node.name,
+                "shutting-down": export.refusal is not None,
+            }
+            for export in self.server.exports.values()
+        ]
+
+    async def nbd_server_add(
+        self, device: str, name: str, description: str | None, writable: bool
+    ) -> None:
+        """`nbd-server-add`; see `control.Backend`."""
+        self._require_listening()
+        # The images below the gates belong to their disk: written from outside they would break
+        # the view, and read from outside they would not be coherent.
+        nodes = {n.name: n for disk in self.group.disks for n in (disk.primary, disk.standby)}
+        node = nodes.get(device)
+        if node is None:
+            raise ControlError(f"Cannot find device='{device}' nor node-name='{device}'")
+        if name in self.server.exports:
+            raise ControlError(f"Block export id '{name}' is already in use")
+        export = Export(name, node, description or "", writable)
+        self.server.add_export(export)
+        for disk in self.group.disks:
+            if disk.promoted and node is disk.primary:
+                await self.server.fence(name, disk.fence_reason)
+
+    async def nbd_server_remove(self, name: str, mode: str) -> None:
+        """`nbd-server-remove`; see `control.Backend`."""
+        self._require_listening()
+        await self.server.remove_export(name, "hard" if mode == "hard" else "safe")
+
+    async def nbd_server_stop(self) -> None:
+        """`nbd-server-stop`; see `control.Backend`."""
+        self._require_listening()
+        await self.server.close(timeout_s=CLOSE_TIMEOUT_S)
+        for name in tuple(self.server.exports):
+            await self.server.remove_export(name, "hard")
+
+    async def quit(self) -> None:
+        """`quit`; see `control.Backend`."""
+        self.quit_requested.set()
+
+    # Section: inside
+
+    async def _open_disks(self, created: list[str]) -> None:
+        disks: list[StandbyDisk] = []
+        try:
+            for config in self.config.disk:
+                disk = await open_disk(config, self.events, self.jobs_registry, created)
+                disks.append(disk)
+        finally:
+            self.group = Group(disks, self.events)
+        for disk in disks:
+            self._export_disk(disk)
+
+    def _export_disk(self, disk: StandbyDisk) -> None:
+        disk.on_fence = self._fence
+        disk.on_unfence = self._unfence
+        self.server.add_export(
+            Export(
+                disk.name, disk.primary, f"secondary disk of {disk.name}: the primary writes here"
+            )
+        )
+        self.server.add_export(
+            Export(disk.top_id, disk.standby, f"the standby's view of {disk.name}")
+        )
+
+    def _fence(self, disk: StandbyDisk) -> None:
+        # Called while the disk is drained; closing the connections waits for their requests,
+        # which wait for the drain: so it goes on beside, and `_settle` waits for it.
+        for name in self._exports_of(disk.primary):
+            self._spawn(self.server.fence(name, disk.fence_reason))
+
+    def _unfence(self, disk: StandbyDisk) -> None:
+        for name in self._exports_of(disk.primary):
+            self.server.unfence(name)
+
+    def _exports_of(self, node: BlockNode) -> list[str]:
+        return [name for name, export in self.server.exports.items() if export.node is node]
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _settle(self) -> None:
+        for task in tuple(self._tasks):
+            await task
+
+    def _require_listening(self) -> None:
+        if not self.server.uris:
+            raise StateError("NBD server not running")

@@ -1,0 +1,90 @@
+"""What status and queries tell of disks and nodes: plain JSON objects, made on demand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from replnbd.block import BlockNode, FileNode
+from replnbd.qcow2 import Qcow2Node
+from replnbd.replication import StandbyDisk
+from replnbd.server import Export
+
+
+def disk_status(disk: StandbyDisk, exports: Mapping[str, Export]) -> dict[str, Any]:
+    """One member of "disks" in the answer to `x-replnbd-status`; sizes in bytes, time in
+    seconds since the epoch."""
+    job = disk.job
+    return {
+        "name": disk.name,
+        "top-id": disk.top_id,
+        "mode": disk.mode,
+        "stage": disk.stage.value,
+        "fenced": disk.promoted,
+        "error": disk.error,
+        "size": disk.secondary.size,
+        "checkpoints": disk.checkpoint_count,
+        "checkpoint-time": disk.checkpoint_time,
+        "hidden-bytes": disk.hidden.allocated_bytes,
+        "active-bytes": disk.active.allocated_bytes,
+        "primary-bytes-written": disk.primary.bytes_written,
+        "standby-bytes-written": disk.standby.bytes_written,
+        "primary-connections": _connections(disk.primary, exports),
+        "standby-connections": _connections(disk.standby, exports),
+        "job": job.describe() if job is not None else None,
+    }
+
+
+def disk_nodes(disk: StandbyDisk) -> list[BlockNode]:
+    """The nodes of a disk: what the two exports hold, then the three images."""
+    return [disk.primary, disk.standby, disk.secondary, disk.hidden, disk.active]
+
+
+def describe_node(node: BlockNode) -> dict[str, Any]:
+    """A member of the answer to `query-named-block-nodes` (qapi/block-core.json,
+    BlockDeviceInfo): what is fixed for every node of ours is there because clients demand it."""
+    path, actual_size = _file_of(node)
+    format_name = "raw" if isinstance(node, FileNode) else node.driver
+    image: dict[str, Any] = {
+        "filename": path,
+        "format": format_name,
+        "virtual-size": node.size,
+    }
+    if actual_size is not None:
+        image["actual-size"] = actual_size
+    description: dict[str, Any] = {
+        "node-name": node.name,
+        "drv": format_name,
+        "file": path,
+        "ro": False,
+        "encrypted": False,
+        "detect_zeroes": "off",
+        "write_threshold": 0,
+        "cache": {"no-flush": False, "direct": False, "writeback": True},
+        "image": image,
+        "backing_file_depth": _backing_depth(node),
+    }
+    if isinstance(node, Qcow2Node) and node.header.backing_file is not None:
+        description["backing_file"] = node.header.backing_file
+    for limit in ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"):
+        description[limit] = 0  # no throttling
+    return description
+
+
+def _connections(node: BlockNode, exports: Mapping[str, Export]) -> int:
+    return sum(len(export.connections) for export in exports.values() if export.node is node)
+
+
+def _file_of(node: BlockNode) -> tuple[str, int | None]:
+    file = node.file if isinstance(node, Qcow2Node) else node
+    path = getattr(file, "path", "")
+    try:
+        return path, os.stat(path).st_blocks * 512
+    except OSError:
+        return path, None
+
+
+def _backing_depth(node: BlockNode) -> int:
+    backing = getattr(node, "backing", None)
+    return 0 if backing is None else 1 + _backing_depth(backing)

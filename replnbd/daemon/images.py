@@ -1,0 +1,139 @@
+"""Opening images: from a path and a format to a node, and from a [[disk]] table to a disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from replnbd.block import BlockNode, FileNode
+from replnbd.daemon.config import DiskConfig
+from replnbd.errors import ConfigError
+from replnbd.events import EventBus
+from replnbd.jobs import JobRegistry
+from replnbd.qcow2 import Qcow2Node, create_image, open_qcow2
+from replnbd.replication import StandbyDisk
+
+log = logging.getLogger(__name__)
+
+SECTOR = 512
+"""Bytes. QEMU counts disks in sectors; one that ends within a sector has two lengths."""
+
+
+async def open_image(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    read_only: bool = False,
+    backing: BlockNode | None = None,
+    name: str = "",
+) -> BlockNode:
+    """Open a disk image as a node; close it when done.
+
+    `format` is "raw" or "qcow2"; None: qcow2 if the name ends so, else raw, never guessed from
+    the content. `backing` is what a qcow2's unallocated ranges show: the name that its header
+    records is never opened. The file is locked, as QEMU locks it, until the node is closed.
+
+    Raises ConfigError (missing, unreadable, in use, unknown format) or ImageError (damaged).
+    """
+    path = os.fspath(path)
+    if format is None:
+        format = "qcow2" if path.endswith(".qcow2") else "raw"
+    if format not in ("raw", "qcow2"):
+        raise ConfigError(f"cannot open {path}: format must be raw or qcow2, not '{format}'")
+    file = FileNode.open(path, read_only=read_only, name=name)
+    if format == "raw":
+        return file
+    try:
+        return await open_qcow2(file, backing=backing, read_only=read_only, name=name)
+    except BaseException:
+        await file.close()
+        raise
+
+
+async def open_disk(
+    config: DiskConfig, bus: EventBus, jobs: JobRegistry, created: list[str]
+) -> StandbyDisk:
+    """Open, and where missing create, the images of a secondary disk.
+
+    The paths of new images go to `created`. If one of the images is not good, the others are
+    closed again.
+    """
+    assert config.secondary is not None
+    assert config.hidden is not None
+    assert config.active is not None
+    assert config.top_id is not None
+    async with AsyncExitStack() as undo:
+        secondary = await open_image(
+            config.secondary, format=config.format, name=f"{config.name}-secondary"
+        )
+        undo.push_async_callback(secondary.close)
+        if secondary.size == 0 or secondary.size % SECTOR:
+            raise ConfigError(
+                f"{config.secondary}: its size, {secondary.size} bytes, is not a positive multiple"
+                f" of {SECTOR}"
+            )
+        hidden = await _open_overlay(
+            config.hidden, secondary, config.secondary, config.secondary_format,
+            f"{config.name}-hidden", undo, created,
+        )  # fmt: skip
+        active = await _open_overlay(
+            config.active, hidden, config.hidden, "qcow2",
+            f"{config.name}-active", undo, created,
+        )  # fmt: skip
+        disk = StandbyDisk(
+            config.name,
+            config.top_id,
+            secondary=secondary,
+            hidden=hidden,
+            active=active,
+            bus=bus,
+            jobs=jobs,
+        )
+        undo.pop_all()
+    return disk
+
+
+async def _open_overlay(
+    path: str,
+    backing: BlockNode,
+    backing_path: str,
+    backing_format: str,
+    name: str,
+    undo: AsyncExitStack,
+    created: list[str],
+) -> Qcow2Node:
+    if not os.path.lexists(path):
+        recorded = _relative(backing_path, path)
+        await create_image(path, backing.size, backing_file=recorded, backing_format=backing_format)
+        created.append(path)
+        log.info("created %s over %s (%d bytes)", path, recorded, backing.size)
+    overlay = await open_image(path, format="qcow2", backing=backing, name=name)
+    undo.push_async_callback(overlay.close)
+    assert isinstance(overlay, Qcow2Node)
+    if overlay.header.backing_file is None:
+        overlay.backing = None  # `start` refuses it, as QEMU does
+    elif not _same_file(overlay.header.backing_file, path, backing_path):
+        log.warning(
+            "%s records '%s' as its backing file, the configuration says %s: following the"
+            " configuration",
+            path,
+            overlay.header.backing_file,
+            backing_path,
+        )
+    return overlay
+
+
+def _relative(target: str, overlay: str) -> str:
+    """`target` as an image beside it should name it: it stays true when both move together."""
+    name = os.path.relpath(target, os.path.dirname(overlay))
+    # "a:b" would be a protocol and a name to QEMU.
+    return f"./{name}" if ":" in name.split("/", 1)[0] else name
+
+
+def _same_file(recorded: str, overlay: str, configured: str) -> bool:
+    try:
+        return os.path.samefile(os.path.join(os.path.dirname(overlay), recorded), configured)
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,61 @@
+"""Running a daemon as a process: logging, signals, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+
+import uvloop
+
+from replnbd.daemon.config import Config, default_control
+from replnbd.daemon.daemon import Daemon
+
+log = logging.getLogger("replnbd")
+
+
+def set_up_logging(level: str) -> None:
+    """One line per event on stderr: time, level, the room it came from, and the text."""
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+def run(config: Config, *, start: bool = False) -> None:
+    """Serve until SIGTERM, SIGINT or QMP `quit`; `start` replication at once if asked.
+
+    Raises ConfigError, ImageError or StateError if it cannot begin.
+    """
+    control = config.server.control
+    if control is not None and control == default_control():
+        # Nobody else makes the default's directory; one that was asked for must be there.
+        os.makedirs(os.path.dirname(control), mode=0o700, exist_ok=True)
+    uvloop.run(_serve(config, start))
+
+
+async def _serve(config: Config, start: bool) -> None:
+    daemon = Daemon(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _asked_to_end, daemon, number)
+    async with daemon:
+        if start:
+            await daemon.group.start()
+        log.info(
+            "ready: NBD on %s, QMP on %s", ", ".join(daemon.server.uris), config.server.control
+        )
+        await daemon.quit_requested.wait()
+        log.info("ending: draining and flushing")
+    log.info("ended")
+
+
+def _asked_to_end(daemon: Daemon, number: signal.Signals) -> None:
+    if daemon.quit_requested.is_set():
+        return
+    log.info("%s received", number.name)
+    daemon.events.emit("SHUTDOWN", guest=False, reason="host-signal")
+    daemon.quit_requested.set()
