@@ -29,7 +29,8 @@ from replnbd.qcow2.format import (
     read_header,
 )
 from replnbd.qcow2.mapping import bytes_of, words_of
-from replnbd.qcow2.scan import CheckReport, Scan
+from replnbd.qcow2.report import CheckReport
+from replnbd.qcow2.scan import Scan
 
 if TYPE_CHECKING:
     Words = array[int]
@@ -190,11 +191,12 @@ class _Repair:
         table = array("Q", bytes(self.table_clusters * self.cluster_size))
         for index, offset in self.scan.blocks.items():
             table[index] = offset
-        if table == self.scan.refcount_table:
+        moved = self.table_offset != self.header.refcount_table_offset
+        if not moved and table == self.scan.refcount_table:
             return
         # Where the table stays, each word is either as it was or right, whatever happens.
         await self.file.pwrite(self.table_offset, bytes_of(table))
-        if self.table_offset != self.header.refcount_table_offset:
+        if moved:
             await self.file.flush()
             fields = struct.pack(">QI", self.table_offset, self.table_clusters)
             await self.file.pwrite(OFFSET_REFCOUNT_TABLE, fields)
@@ -218,12 +220,13 @@ class _Repair:
         changed = False
         for index in range(0, len(words), self.header.l2_entry_size // 8):
             entry = words[index]
-            if entry & OFFSET_MASK and not entry & COMPRESSED:
+            if entry and not entry & COMPRESSED:
                 words[index] = self._with_copied_flag(entry)
                 changed = changed or words[index] != entry
         if changed:
             await self.file.pwrite(offset, bytes_of(words))
 
     def _with_copied_flag(self, entry: int) -> int:
-        references = self.counts.get((entry & OFFSET_MASK) // self.cluster_size)
+        offset = entry & OFFSET_MASK
+        references = self.counts.get(offset // self.cluster_size) if offset else 0
         return entry | COPIED if references == 1 else entry & ~COPIED

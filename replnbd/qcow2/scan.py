@@ -17,8 +17,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from array import array
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from replnbd.block import BlockNode, read_bytes
 from replnbd.qcow2 import counts as kinds
@@ -33,12 +32,11 @@ from replnbd.qcow2.format import (
 )
 from replnbd.qcow2.mapping import words_of
 from replnbd.qcow2.refcounts import RefcountBlock
+from replnbd.qcow2.report import CheckReport
 
 if TYPE_CHECKING:
     Words = array[int]
 
-FINDINGS_MAX = 1000
-"""Lines kept in a report: enough to see the pattern; a destroyed image has millions."""
 SNAPSHOT_TABLE_BYTES_MAX = 64 << 20  # QEMU's bound: 65536 snapshots of 1 KiB
 _BLOCK_CACHE_BYTES = 4 << 20
 
@@ -48,51 +46,15 @@ assert _SNAPSHOT.size == 40
 assert _BITMAP.size == 24
 
 
-@dataclass
-class CheckReport:
-    """What a check found, and what a repair did about it."""
+class _L2Entry(NamedTuple):
+    """Names an entry in a finding. Text is made of what is wrong only: a disk of terabytes has
+    millions of good entries."""
 
-    filename: str
-    corruptions: int = 0
-    leaks: int = 0
-    """Clusters whose refcount is too high."""
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    total_clusters: int = 0
-    """Guest clusters of the disk."""
-    allocated_clusters: int = 0
-    fragmented_clusters: int = 0
-    """Allocated, but not where the cluster before it in the same L2 table ends."""
-    compressed_clusters: int = 0
-    image_end_offset: int = 0
-    """Bytes: the end of the last cluster in use."""
-    findings: list[str] = field(default_factory=list)
-    """One line each, in the order of the walk; at most FINDINGS_MAX."""
-    findings_omitted: int = 0
+    guest_offset: int
+    entry: int
 
-    @property
-    def clean(self) -> bool:
-        return not self.corruptions and not self.leaks
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the keys of `qemu-img check --output=json`, and "findings"."""
-        values: dict[str, Any] = {
-            "filename": self.filename,
-            "format": "qcow2",
-            "check-errors": 0,
-            "image-end-offset": self.image_end_offset,
-            "total-clusters": self.total_clusters,
-            "allocated-clusters": self.allocated_clusters,
-            "fragmented-clusters": self.fragmented_clusters,
-            "compressed-clusters": self.compressed_clusters,
-            "corruptions": self.corruptions,
-            "leaks": self.leaks,
-            "corruptions-fixed": self.corruptions_fixed,
-            "leaks-fixed": self.leaks_fixed,
-            "findings": self.findings,
-            "findings-omitted": self.findings_omitted,
-        }
-        return values
+    def __str__(self) -> str:
+        return f"L2 entry of guest offset {self.guest_offset:#x} ({self.entry:#x})"
 
 
 class Scan:
@@ -130,33 +92,28 @@ class Scan:
 
     # Findings
 
-    def _note(self, text: str) -> None:
-        report = self.report
-        if len(report.findings) < FINDINGS_MAX:
-            report.findings.append(text)
-        else:
-            report.findings_omitted += 1
-
     def corruption(self, text: str, *, repairable: bool = False) -> None:
         self.report.corruptions += 1
         if not repairable:
             self.beyond_repair += 1
-        self._note(text)
+        self.report.note(text)
 
     # Counting references
 
-    def _mark(self, offset: int, length: int, kind: int, what: str) -> bool:
+    def _mark(self, offset: int, length: int, kind: int, what: str | _L2Entry) -> bool:
         """Count a structure's clusters; False if it is not inside the file."""
         # The last cluster of the file may be there in part.
         if offset + length - self.file_size >= self.cluster_size:
-            self.corruption(f"{what} at {offset:#x} ({length} bytes) is past the end of the file")
+            self.corruption(f"{what}: {length} bytes at {offset:#x} are past the end of the file")
             return False
         bits = self.cluster_bits
         add = self.counts.add
         for cluster in range(offset >> bits, ((offset + length - 1) >> bits) + 1):
             other = add(cluster, kind)
             if other:
-                self.corruption(f"{what} at {offset:#x} overlaps {KIND_NAMES[other]}")
+                self.corruption(
+                    f"{what}: {length} bytes at {offset:#x} overlap {KIND_NAMES[other]}"
+                )
         return True
 
     def _mark_table(self, offset: int, entries: int, kind: int, what: str) -> bool:
@@ -187,7 +144,7 @@ class Scan:
                 self.corruption(f"{what} {fault}")
                 continue
             offset = entry & OFFSET_MASK
-            if not self._mark(offset, self.cluster_size, kinds.L2_TABLE, f"{what}: L2 table"):
+            if not self._mark(offset, self.cluster_size, kinds.L2_TABLE, what):
                 continue
             if active:
                 await self._check_copied(entry, offset, what)
@@ -196,52 +153,50 @@ class Scan:
 
     async def _l2_table(self, table: int, l1_index: int, active: bool) -> None:
         shape = self.shape
-        report = self.report
         cluster_size = self.cluster_size
-        bits = self.cluster_bits
-        step = 1 << shape.entry_shift
         words = await self._words(table, cluster_size // 8)
         seconds = words[1::2] if shape.extended else words
-        next_offset = 0
-        for number, (entry, second) in enumerate(zip(words[::step], seconds, strict=True)):
-            if not entry and not second:
-                continue
-            descriptor, bitmap = shape.decode(entry, second)
-            guest = ((l1_index << shape.l1_shift) + number) << bits
-            what = f"L2 entry of guest offset {guest:#x} ({entry:#x})"
-            if entry & COMPRESSED:
-                self._compressed(entry, second if shape.extended else 0, what, active)
-                continue
-            offset = entry & OFFSET_MASK
-            fault = shape.fault(descriptor, bitmap)
-            if not fault and not offset and entry & COPIED:
-                fault = "has the COPIED flag and no offset"
-            if fault:
-                self.corruption(f"{what} {fault}")
-                continue
-            if not offset:
-                continue
-            if active:
-                report.allocated_clusters += 1
-                if next_offset and offset != next_offset:
-                    report.fragmented_clusters += 1
-                next_offset = offset + cluster_size
-            if self._mark(offset, cluster_size, kinds.DATA, f"{what}: cluster") and active:
-                await self._check_copied(entry, offset, what)
+        allocated = fragmented = next_offset = 0
+        guest = (l1_index << shape.l1_shift) << self.cluster_bits
+        for entry, second in zip(words[:: 1 << shape.entry_shift], seconds, strict=True):
+            if entry or second:
+                where = _L2Entry(guest, entry)
+                offset = entry & OFFSET_MASK
+                if entry & COMPRESSED:
+                    self._compressed(entry, second if shape.extended else 0, where, active)
+                elif self._sound(entry, second, where) and offset:
+                    allocated += 1
+                    if next_offset and offset != next_offset:
+                        fragmented += 1
+                    next_offset = offset + cluster_size
+                    if self._mark(offset, cluster_size, kinds.DATA, where) and active:
+                        await self._check_copied(entry, offset, where)
+            guest += cluster_size
+        if active:
+            self.report.allocated_clusters += allocated
+            self.report.fragmented_clusters += fragmented
 
-    def _compressed(self, entry: int, bitmap: int, what: str, active: bool) -> None:
+    def _sound(self, entry: int, second: int, where: _L2Entry) -> bool:
+        fault = self.shape.fault(*self.shape.decode(entry, second))
+        if not fault and entry & COPIED and not entry & OFFSET_MASK:
+            self.corruption(f"{where} has the COPIED flag and no offset", repairable=True)
+        if fault:
+            self.corruption(f"{where} {fault}")
+        return not fault
+
+    def _compressed(self, entry: int, bitmap: int, where: _L2Entry, active: bool) -> None:
         if entry & COPIED:
-            self.corruption(f"{what} has the COPIED flag on a compressed cluster")
+            self.corruption(f"{where} has the COPIED flag on a compressed cluster")
         if bitmap:
-            self.corruption(f"{what} has subclusters ({bitmap:#x}) in a compressed cluster")
+            self.corruption(f"{where} has subclusters ({bitmap:#x}) in a compressed cluster")
         offset, length = self.shape.compressed_extent(entry)
         if active:
             self.report.allocated_clusters += 1
             self.report.compressed_clusters += 1
             self.report.fragmented_clusters += 1  # as QEMU: by their nature
-        self._mark(offset, length, kinds.COMPRESSED, f"{what}: compressed cluster")
+        self._mark(offset, length, kinds.COMPRESSED, where)
 
-    async def _check_copied(self, entry: int, offset: int, what: str) -> None:
+    async def _check_copied(self, entry: int, offset: int, what: str | _L2Entry) -> None:
         refcount = await self.refcount(offset >> self.cluster_bits)
         if (refcount == 1) != bool(entry & COPIED):
             state = "set" if entry & COPIED else "clear"
@@ -396,7 +351,7 @@ class Scan:
         first, refcount, references = run
         count = end - first
         leaked = refcount > references
-        self._note(
+        self.report.note(
             f"{'leaked' if leaked else 'wrong refcount of'} {count} cluster{'s'[: count > 1]} at "
             f"{first << self.cluster_bits:#x}: refcount {refcount}, referred to {references} times"
         )
