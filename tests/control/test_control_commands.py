@@ -108,6 +108,31 @@ async def test_arguments_reach_the_backend_with_qemus_defaults(
     await client.close()
 
 
+@pytest.mark.parametrize(
+    ("command", "desc"),
+    [
+        (
+            '"block-job-set-speed","arguments":{"device":"commit-colo0","speed":-1}',
+            "Parameter 'speed' expects a non-negative value",
+        ),
+        (
+            '"nbd-server-add","arguments":{"device":"top0","bitmap":"b0"}',
+            "Bitmap 'b0' is not found",
+        ),
+        ('"job-pause","arguments":{"id":"colo0"}', "Job not found"),
+        ('"nbd-server-remove","arguments":{"name":"top0"}', "Export 'top0' is not found"),
+    ],
+)
+async def test_what_no_backend_has_is_refused_before_it(
+    server: ControlServer, backend: FakeBackend, command: str, desc: str
+) -> None:
+    client = await RawClient.negotiated(server.path)
+    reply = json.loads(await client.ask(b'{"execute":' + command.encode() + b"}"))
+    assert reply == {"error": {"class": "GenericError", "desc": desc}}
+    assert backend.calls == []
+    await client.close()
+
+
 # Section: failures
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import socket
@@ -72,6 +73,50 @@ async def test_unusable_path_is_one_config_error(
 ) -> None:
     with pytest.raises(ConfigError, match="control socket"):
         await ControlServer(backend, short_dir / name).start()
+
+
+async def test_live_server_that_is_too_busy_to_accept_is_not_taken_for_dead(
+    backend: FakeBackend, short_dir: Path
+) -> None:
+    path = short_dir / "qmp.sock"
+    waiting: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX) as busy:
+        busy.bind(str(path))
+        busy.listen(0)
+        try:
+            while True:
+                waiting.append(socket.socket(socket.AF_UNIX))
+                waiting[-1].setblocking(False)
+                waiting[-1].connect(str(path))
+        except BlockingIOError:
+            pass
+        with pytest.raises(ConfigError, match="in use by another process"):
+            await ControlServer(backend, path).start()
+        assert path.is_socket()
+        for client in waiting:
+            client.close()
+
+
+async def test_lock_on_the_directory_is_waited_for_but_not_without_end(
+    backend: FakeBackend, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = short_dir / "qmp.sock"
+    directory = os.open(short_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        monkeypatch.setattr("replnbd.control.server._LOCK_ATTEMPTS", 2)
+        with pytest.raises(ConfigError, match="holds a lock on its directory"):
+            await ControlServer(backend, path).start()
+        monkeypatch.undo()
+        server = ControlServer(backend, path)
+        starting = asyncio.create_task(server.start())
+        await asyncio.sleep(0)
+        assert not path.exists()
+    finally:
+        os.close(directory)
+    await starting
+    await (await RawClient.negotiated(path)).close()
+    await server.close()
 
 
 async def test_close_leaves_a_socket_that_took_our_place(
