@@ -39,9 +39,7 @@ class ControlClient:
             self._connect()
             greeting = self._greeting()
             if "QMP" not in greeting:
-                refusal = greeting.get("error", {}).get("desc", "no QMP greeting")
-                raise ProtocolError(f"control socket {path}: {refusal}")
-            self.version: dict[str, Any] = greeting["QMP"]["version"]
+                raise ProtocolError(f"control socket {path}: {self._refusal(greeting)}")
             self.execute("qmp_capabilities")
         except BaseException:
             self._socket.close()
@@ -81,9 +79,9 @@ class ControlClient:
                 self._events.append(reply)
         except OSError as exc:
             raise self._lost(exc) from exc
-        if "error" in reply:
-            raise ControlError(reply["error"]["desc"], reply["error"]["class"])
-        return reply["return"]
+        if "return" in reply:
+            return reply["return"]
+        raise self._refusal(reply)
 
     def next_event(self, timeout_s: float | None = None) -> dict[str, Any] | None:
         """The next event, in the order of sending: members event, timestamp, and maybe data.
@@ -101,6 +99,8 @@ class ControlClient:
                     return message
         except TimeoutError:
             return None
+        except OSError as exc:
+            raise self._lost(exc) from exc
 
     def _greeting(self) -> dict[str, Any]:
         try:
@@ -118,6 +118,14 @@ class ControlClient:
             ) from exc
         except OSError as exc:
             raise ConfigError(f"cannot connect to {self.path}: {exc.strerror or exc}") from exc
+
+    def _refusal(self, reply: dict[str, Any]) -> ControlError | ProtocolError:
+        error = reply.get("error")
+        if isinstance(error, dict):
+            desc, error_class = error.get("desc"), error.get("class")
+            if isinstance(desc, str) and isinstance(error_class, str):
+                return ControlError(desc, error_class)
+        return ProtocolError(f"control socket {self.path}: no QMP message: {reply!r:.80}")
 
     def _deadline(self) -> float | None:
         return None if self._timeout_s is None else time.monotonic() + self._timeout_s

@@ -25,7 +25,7 @@ async def test_own_client_executes_and_raises_what_the_server_says(
 ) -> None:
     def talk() -> None:
         with ControlClient(server.path, timeout_s=20) as client:
-            assert client.version["package"].startswith("replnbd")
+            assert client.execute("query-version")["package"].startswith("replnbd")
             assert client.execute("xen-set-replication", enable=True, primary=False) == {}
             assert [job["id"] for job in client.execute("query-jobs")] == [
                 "backup-colo0",
@@ -52,6 +52,29 @@ async def test_own_client_keeps_events_that_come_before_a_reply(server: ControlS
             return [event["event"]]
 
     assert await asyncio.to_thread(talk) == ["SHUTDOWN"]
+
+
+async def test_own_client_waits_for_an_event_and_hears_of_the_end(
+    server: ControlServer, backend: FakeBackend
+) -> None:
+    connected = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def talk() -> dict[str, Any] | None:
+        with ControlClient(server.path, timeout_s=20) as client:
+            loop.call_soon_threadsafe(connected.set)
+            event = client.next_event()
+            with pytest.raises(ProtocolError, match="server closed the connection"):
+                client.next_event(timeout_s=20)
+            return event
+
+    talking = asyncio.create_task(asyncio.to_thread(talk))
+    await connected.wait()
+    backend.events.emit("x-replnbd-stage", device="colo0", stage="done")
+    await server.close()
+    event = await talking
+    assert event is not None
+    assert event["data"] == {"device": "colo0", "stage": "done"}
 
 
 async def test_own_client_gives_up_on_a_command_that_takes_too_long(
@@ -95,7 +118,9 @@ def test_own_client_says_in_one_line_that_nobody_is_there(short_dir: Path) -> No
         (lambda peer: peer.close(), "closed the connection"),
         (lambda peer: peer.sendall(b"SSH-2.0\r\n"), "no JSON"),
         (lambda peer: peer.sendall(b"[]\n"), "no QMP message"),
-        (lambda peer: peer.sendall(b"{}\n"), "no QMP greeting"),
+        (lambda peer: peer.sendall(b"{}\n"), "no QMP message"),
+        (lambda peer: peer.sendall(b'{"error":"full"}\n'), "no QMP message"),
+        (lambda peer: peer.sendall(b'{"QMP":{}}\n{"error":{}}\n'), "no QMP message"),
         (lambda peer: None, "no answer in time"),
         (
             lambda peer: peer.sendall(b'{"error":{"class":"GenericError","desc":"full"}}\n'),
