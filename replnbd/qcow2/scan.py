@@ -15,13 +15,13 @@ happen to agree with, a zero flag in a version 2 image, refcounts past the end o
 from __future__ import annotations
 
 import asyncio
-import struct
 from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from replnbd.block import BlockNode, read_bytes
 from replnbd.qcow2 import counts as kinds
 from replnbd.qcow2.counts import KIND_NAMES, ClusterCounts
+from replnbd.qcow2.directory import SNAPSHOT_TABLE_BYTES_MAX, parse_bitmap, read_snapshot
 from replnbd.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, Shape
 from replnbd.qcow2.format import (
     AUTOCLEAR_BITMAPS,
@@ -37,13 +37,7 @@ from replnbd.qcow2.report import CheckReport
 if TYPE_CHECKING:
     Words = array[int]
 
-SNAPSHOT_TABLE_BYTES_MAX = 64 << 20  # QEMU's bound: 65536 snapshots of 1 KiB
 _BLOCK_CACHE_BYTES = 4 << 20
-
-_SNAPSHOT = struct.Struct(">QIHHIIQII")
-_BITMAP = struct.Struct(">QIIBBHI")
-assert _SNAPSHOT.size == 40
-assert _BITMAP.size == 24
 
 
 class _L2Entry(NamedTuple):
@@ -210,18 +204,17 @@ class Scan:
         start = position = self.header.snapshots_offset
         tables: list[tuple[int, int, str]] = []
         for number in range(self.header.nb_snapshots):
-            raw = await read_bytes(self.file, position, _SNAPSHOT.size)
-            l1_offset, l1_size, id_size, name_size, *_, extra = _SNAPSHOT.unpack(raw)
+            snapshot = await read_snapshot(self.file, position)
             what = f"snapshot {number}"
             # "Version 3 images must include extra data at least up to byte 55."
-            if self.header.version >= 3 and extra < 16:
-                self.corruption(f"{what} has {extra} bytes of extra data: at least 16 are needed")
-            position += (_SNAPSHOT.size + extra + id_size + name_size + 7) & ~7
+            if self.header.version >= 3 and snapshot.extra_size < 16:
+                self.corruption(f"{what} has {snapshot.extra_size} bytes of extra data, not 16")
             limit = min(start + SNAPSHOT_TABLE_BYTES_MAX, self.file_size + self.cluster_size)
-            if position > limit:
-                self.corruption(f"the snapshot table does not end in {what} (offset {position:#x})")
+            if snapshot.end > limit:
+                self.corruption(f"the snapshot table does not end in {what} ({snapshot.end:#x})")
                 break
-            tables.append((l1_offset, l1_size, f"{what}: L1 table"))
+            position = snapshot.end
+            tables.append((snapshot.l1_offset, snapshot.l1_size, f"{what}: L1 table"))
         if position > start:
             self._mark(start, position - start, kinds.SNAPSHOT_TABLE, "the snapshot table")
         for offset, entries, what in tables:
@@ -240,12 +233,12 @@ class Scan:
         position = 0
         for number in range(bitmaps.nb_bitmaps):
             what = f"bitmap {number}"
-            if position + _BITMAP.size > size:
+            bitmap = parse_bitmap(directory, position)
+            if bitmap is None:
                 self.corruption(f"the bitmap directory ({size} bytes) ends before {what}")
                 return
-            fields = _BITMAP.unpack_from(directory, position)
-            offset, entries, name_size, extra = fields[0], fields[1], fields[5], fields[6]
-            position += (_BITMAP.size + extra + name_size + 7) & ~7
+            position = bitmap.end
+            offset, entries = bitmap.table_offset, bitmap.table_size
             if self._mark_table(offset, entries, kinds.BITMAP, f"{what}: table"):
                 await self._bitmap_data(await self._words(offset, entries), what)
 
