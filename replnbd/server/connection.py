@@ -2,8 +2,10 @@
 
 Life. SERVING: requests are parsed and run as they arrive. DRAINING (the client said DISC or shut
 its side down, the export goes away, the server stops): nothing is parsed any more, what is in
-flight ends and is answered, then the transport closes. CLOSED: the transport is gone; operations
-may still be in flight, and `closed` is set when the last has ended.
+flight ends and is answered. LINGERING: we have shut our side down, and wait for the client to do
+the same; to close at once would reset a connection on which something is still on its way, and
+the client might lose its last replies. CLOSED: the transport is gone; operations may still be in
+flight, and `closed` is set when the last has ended.
 
 Holding. While `_hold` is set nothing is parsed, and at the end of a batch reading stops too. It is
 set by whatever makes going on wrong, and `_release` clears it once none of that is true any more.
@@ -60,7 +62,7 @@ PACKED_READ_MAX = OUTBOX_BYTES // 4
 """A READ up to this has its reply packed into the outbox; a larger one gets a buffer."""
 
 LINGER_S = 10.0
-"""How long a closing connection waits for the peer to read its last replies."""
+"""How long the peer has to read its last replies and to hang up."""
 
 
 class State(Enum):
@@ -68,6 +70,7 @@ class State(Enum):
 
     SERVING = auto()
     DRAINING = auto()
+    LINGERING = auto()
     CLOSED = auto()
 
 
@@ -106,6 +109,7 @@ class Connection(asyncio.BufferedProtocol):
         self._hold = False
         self._write_paused = False
         self._reading_paused = False
+        self._peer_done = False
         # Operations in flight
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight = 0
@@ -136,14 +140,15 @@ class Connection(asyncio.BufferedProtocol):
         return self._inbox.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        # What comes while DRAINING is dropped: "A client MUST NOT send anything after DISC".
+        # What comes later is dropped: "A client MUST NOT send anything to the server after DISC".
         if self.state is State.SERVING and self._inbox.received(nbytes):
             self._run()
 
     def eof_received(self) -> bool:
         """The client will send no more; it may still want its answers, as after DISC."""
+        self._peer_done = True
         self.finish()
-        return True  # we close the transport ourselves
+        return self.state is State.DRAINING  # if not, the transport may close itself
 
     def pause_writing(self) -> None:
         self._write_paused = self._hold = True
@@ -172,7 +177,9 @@ class Connection(asyncio.BufferedProtocol):
         if self.state is State.SERVING:
             self.state = State.DRAINING
             self._hold = True
-            self._stop_reading()
+            self._inbox.drop_everything()
+            if self._reading_paused and not self._transport.is_closing():
+                self._transport.resume_reading()  # to hear the client hang up
             if not self._in_flight:
                 self._close()
 
@@ -184,10 +191,21 @@ class Connection(asyncio.BufferedProtocol):
         """Wait until no operation is in flight; after `finish` none begins again."""
         await self._idle.wait()
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Of replies that the client has not taken yet."""
+        return self._transport.get_write_buffer_size()
+
     def _close(self) -> None:
         self._outbox.flush()
-        self._transport.close()
-        self._linger = self._loop.call_later(LINGER_S, self._transport.abort)
+        self.state = State.LINGERING
+        self.export.connections.discard(self)
+        transport = self._transport
+        if self._peer_done or not transport.can_write_eof():
+            transport.close()
+        elif not transport.is_closing():
+            transport.write_eof()
+        self._linger = self._loop.call_later(LINGER_S, transport.abort)
 
     def _end(self) -> None:
         self.closed.set()
@@ -196,11 +214,6 @@ class Connection(asyncio.BufferedProtocol):
     def _protocol_error(self, what: str) -> None:
         log.info("%s: closed, export %s: %s", self.peer, self.export.name, what)
         self.finish()
-
-    def _stop_reading(self) -> None:
-        if not self._reading_paused and not self._transport.is_closing():
-            self._reading_paused = True
-            self._transport.pause_reading()
 
     # Section: batches
 
@@ -227,8 +240,12 @@ class Connection(asyncio.BufferedProtocol):
         if self._inbox.payload is None:
             self._parse()
         self._outbox.flush()
+        if self.state is not State.SERVING:
+            return
         if self._hold:
-            self._stop_reading()
+            if not self._reading_paused and not self._transport.is_closing():
+                self._reading_paused = True
+                self._transport.pause_reading()
             return
         self._inbox.settle()
         if self._reading_paused and not self._transport.is_closing():

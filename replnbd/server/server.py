@@ -11,7 +11,7 @@ from typing import Literal
 from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.nbd import ExportOffer
-from replnbd.server.connection import Connection
+from replnbd.server.connection import Connection, State
 from replnbd.server.export import Export
 from replnbd.server.listener import BoundSocket, bind_uri
 from replnbd.server.negotiation import HANDSHAKE_TIMEOUT_S, Negotiation
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 CONNECTIONS_MAX = 1024
 """Clients at a time, handshakes included. QEMU's default is 100; ours costs 0.5 MiB each at most
 while it is idle, and cluster tools open several per disk."""
+
+HANG_UP_S = 0.5
+"""At the end, for a client that has all its replies to hang up: that takes a round trip."""
 
 
 class NbdServer:
@@ -69,9 +72,7 @@ class NbdServer:
             raise StateError(f"NBD server already has export named '{export.name}'")
         self._exports[export.name] = export
 
-    async def remove_export(
-        self, name: str, mode: Literal["safe", "hard"] = "safe", *, timeout_s: float = 1.0
-    ) -> None:
+    async def remove_export(self, name: str, mode: Literal["safe", "hard"] = "safe") -> None:
         """Take an export away. When this returns no operation of its clients is in flight.
 
         safe: StateError (QEMU's text) if it has clients. hard: they are disconnected, as `fence`
@@ -81,17 +82,16 @@ class NbdServer:
         if mode == "safe" and export.connections:
             raise StateError(f"export '{name}' still in use")
         del self._exports[name]
-        await self._disconnect(export, timeout_s)
+        await self._disconnect(export)
 
-    async def fence(self, name: str, reason: str, *, timeout_s: float = 1.0) -> None:
+    async def fence(self, name: str, reason: str) -> None:
         """Refuse an export to everyone until `unfence`: new clients are told `reason`, present
-        ones are disconnected. When this returns no operation of theirs is in flight.
-
-        `timeout_s` bounds the wait for clients to read their last replies, not for operations.
+        ones are disconnected. When this returns no operation of theirs is in flight, and none
+        begins; their last replies may still be on their way.
         """
         export = self._find(name)
         export.refusal = reason
-        await self._disconnect(export, timeout_s)
+        await self._disconnect(export)
 
     def unfence(self, name: str) -> None:
         """Let clients use the export again."""
@@ -103,17 +103,12 @@ class NbdServer:
         except KeyError:
             raise StateError(f"Export '{name}' is not found") from None
 
-    async def _disconnect(self, export: Export, timeout_s: float) -> None:
+    async def _disconnect(self, export: Export) -> None:
         leaving = [each for each in self._connections if each.export is export]
         for connection in leaving:
             connection.finish()
         for connection in leaving:
             await connection.wait_idle()
-        if not await _all_closed(leaving, timeout_s):
-            for connection in leaving:
-                if not connection.closed.is_set():
-                    connection.abort()
-            await _all_closed(leaving, None)
 
     # Section: ExportDirectory, for the handshake
 
@@ -184,8 +179,9 @@ class NbdServer:
     async def close(self, *, timeout_s: float = 3.0) -> None:
         """Stop: no new clients, operations in flight end and are answered, then all is closed.
 
-        Who does not read its replies by `timeout_s` is dropped. An operation that has not ended
-        by then goes on; the log says how many.
+        Who has read its replies but does not hang up is dropped after HANG_UP_S, who does not
+        read them after `timeout_s`. An operation that has not ended by then goes on; the log
+        says so.
         """
         self._closed = True
         for listener, bound in self._listeners:
@@ -197,11 +193,16 @@ class NbdServer:
         leaving = tuple(self._connections)
         for connection in leaving:
             connection.finish()
-        if await _all_closed(leaving, timeout_s):
+        patience_s = min(HANG_UP_S, timeout_s)
+        if await _all_closed(leaving, patience_s):
             return
         for connection in leaving:
-            if not connection.closed.is_set():
+            if connection.state is State.LINGERING and not connection.unsent_bytes:
                 connection.abort()
+        if await _all_closed(leaving, timeout_s - patience_s):
+            return
+        for connection in leaving:
+            connection.abort()
         if not await _all_closed(leaving, 0.1):
             stuck = sum(not connection.closed.is_set() for connection in leaving)
             log.warning("closed while operations of %d clients had not ended", stuck)
@@ -214,7 +215,7 @@ class _Refusal(asyncio.Protocol):
         transport.close()
 
 
-async def _all_closed(connections: Iterable[Connection], timeout_s: float | None) -> bool:
+async def _all_closed(connections: Iterable[Connection], timeout_s: float) -> bool:
     """Whether all of them are closed, after at most `timeout_s`."""
 
     async def wait() -> None:

@@ -15,6 +15,7 @@ INBOX_BYTES = 256 * 1024
 OUTBOX_BYTES = 256 * 1024
 """Replies to 63 reads of 4 KiB; beyond it a batch takes more than one write."""
 
+_SCRAP = memoryview(bytearray(64 * 1024))  # written by all who drop what they receive, never read
 _ROOM_MIN = INBOX_BYTES // 4  # with less behind lent slices, take a new slab
 
 
@@ -84,6 +85,11 @@ class Inbox:
         dropped = min(self._skipping, self.end - self.start)
         self._skipping -= dropped
         self.start += dropped
+
+    def drop_everything(self) -> None:
+        """Nothing is parsed any more: let what still arrives overwrite itself."""
+        self.payload = _SCRAP
+        self._filled = 0
 
     def settle(self) -> None:
         """After a batch: make room behind `end`, without touching lent slices."""
