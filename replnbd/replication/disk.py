@@ -30,7 +30,7 @@ from replnbd.errors import ImageUnsupportedError, StateError
 from replnbd.events import EventBus
 from replnbd.filters import CopyBeforeWrite
 from replnbd.jobs import BackupJob, CommitJob, Job, JobRegistry
-from replnbd.replication.nodes import GateNode, RefusingNode, SplitWriteNode
+from replnbd.replication.nodes import GateNode, NotStartedNode, RefusingNode, SplitWriteNode
 from replnbd.replication.stage import BACKUP_CANCELLED, IO_ERROR, NOT_RUNNING, Command, Stage
 from replnbd.replication.stage import next_stage as next_stage_of
 
@@ -80,7 +80,7 @@ class StandbyDisk:
         self._commit: CommitJob | None = None
         # What touches the same cluster of an overlay cannot be told apart.
         self._ranges = RangeLock(max(hidden.granularity, active.granularity))
-        self._not_started = RefusingNode(top_id, active.size, errno.EIO, NOT_RUNNING)
+        self._not_started = NotStartedNode(top_id, active.size)
         self.primary = GateNode(name, secondary.size, secondary, self._ranges)
         self.standby = GateNode(top_id, active.size, self._not_started, self._ranges)
 

@@ -1,7 +1,8 @@
 """The nodes behind the two exports of a replicated disk.
 
     GateNode         what an export holds on to for ever: serialises, and forwards to its `target`
-    RefusingNode     the target where a stage allows no I/O, and behind a fence
+    RefusingNode     the target behind a fence, and where the view is lost
+    NotStartedNode   the standby's target before a start
     SplitWriteNode   the standby's target during and after a failover that has not ended
 
 A stage is which targets the two gates have; changing it is two assignments while both are drained.
@@ -13,6 +14,7 @@ import errno
 from collections.abc import Awaitable, Callable
 
 from replnbd.block import BlockNode, Buffer, Extent, OverlayNode, PassThrough, RangeLock
+from replnbd.replication.stage import NOT_RUNNING
 
 PIECE = 16 << 20
 """Bytes. A longer zeroing or discarding is done in pieces, so that no overlapping request waits
@@ -119,14 +121,26 @@ class RefusingNode(BlockNode):
         raise self._refuse()
 
     async def flush(self) -> None:
-        # QEMU's filter checks no stage for a flush. Behind a fence, a success would be a lie.
-        if self._code != errno.EIO:
-            raise self._refuse()
+        raise self._refuse()
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         raise self._refuse()
 
     async def close(self) -> None:
+        return
+
+
+class NotStartedNode(RefusingNode):
+    """The standby's target in stage *none*: EIO, but for what QEMU's filter does not check there:
+    a flush (nothing was written) and a discard (a hint that it drops)."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name, size, errno.EIO, NOT_RUNNING)
+
+    async def discard(self, offset: int, length: int) -> None:
+        return
+
+    async def flush(self) -> None:
         return
 
 
