@@ -62,17 +62,19 @@ def version() -> JsonObject:
 
 @_command("query-version")
 async def query_version(backend: Backend, arguments: Arguments) -> JsonObject:
+    """VersionInfo: replnbd's version in the shape of QEMU's; see `version`."""
     return version()
 
 
 @_command("query-commands")
 async def query_commands(backend: Backend, arguments: Arguments) -> list[JsonObject]:
+    """The names of all commands."""
     return [{"name": name} for name in COMMANDS]
 
 
 @_command("qmp_capabilities", Argument("enable", list, optional=True, choices=("oob",)))
 async def qmp_capabilities(backend: Backend, arguments: Arguments) -> JsonObject:
-    # The session answers this one itself, the first time.
+    """A second negotiation, which is refused: the session itself answers the first."""
     raise ControlError(
         "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
     )
@@ -80,7 +82,7 @@ async def qmp_capabilities(backend: Backend, arguments: Arguments) -> JsonObject
 
 @_command("quit")
 async def quit_(backend: Backend, arguments: Arguments) -> JsonObject:
-    # The event comes before the reply, as from QEMU.
+    """Begin the orderly end of the daemon. The event comes before the reply, as from QEMU."""
     backend.events.emit("SHUTDOWN", guest=False, reason="host-qmp-quit")
     await backend.quit()
     return {}
@@ -96,6 +98,7 @@ async def quit_(backend: Backend, arguments: Arguments) -> JsonObject:
     Argument("failover", bool, optional=True),
 )
 async def xen_set_replication(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Start replication, stop it, or (`failover`) make the standby's view the disk."""
     enable = arguments["enable"]
     if enable and "failover" in arguments:
         raise ControlError("Parameter 'failover' is only for stopping replication")
@@ -105,24 +108,28 @@ async def xen_set_replication(backend: Backend, arguments: Arguments) -> JsonObj
 
 @_command("query-xen-replication-status")
 async def query_xen_replication_status(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Whether replication has an error, and which."""
     error = backend.replication_error()
     return {"error": False} if error is None else {"error": True, "desc": error}
 
 
 @_command("xen-colo-do-checkpoint")
 async def xen_colo_do_checkpoint(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Move the standby's view on to now, on all disks."""
     await backend.checkpoint()
     return {}
 
 
 @_command("x-replnbd-reset", Argument("force", bool, optional=True))
 async def x_replnbd_reset(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Make stopped or failed-over disks ready for replication; `force`: whatever is lost."""
     await backend.reset(arguments.get("force", False))
     return {}
 
 
 @_command("x-replnbd-status")
 async def x_replnbd_status(backend: Backend, arguments: Arguments) -> JsonObject:
+    """All that is known of every disk."""
     return backend.status()
 
 
@@ -131,11 +138,13 @@ async def x_replnbd_status(backend: Backend, arguments: Arguments) -> JsonObject
 
 @_command("query-jobs")
 async def query_jobs(backend: Backend, arguments: Arguments) -> list[JsonObject]:
+    """JobInfo of every job."""
     return backend.jobs()
 
 
 @_command("query-block-jobs")
 async def query_block_jobs(backend: Backend, arguments: Arguments) -> list[JsonObject]:
+    """BlockJobInfo of every job."""
     return backend.block_jobs()
 
 
@@ -148,24 +157,31 @@ def _job_id(backend: Backend, arguments: Arguments) -> str:
 
 @_command("job-pause", Argument("id", str))
 async def job_pause(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Pause a job; "Job not found"."""
     await backend.job_pause(_job_id(backend, arguments))
     return {}
 
 
 @_command("job-resume", Argument("id", str))
 async def job_resume(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Let a paused job go on; "Job not found"."""
     await backend.job_resume(_job_id(backend, arguments))
     return {}
 
 
 @_command("job-cancel", Argument("id", str))
 async def job_cancel(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Cancel a job; "Job not found"."""
     await backend.job_cancel(_job_id(backend, arguments))
     return {}
 
 
 @_command("block-job-set-speed", Argument("device", str), Argument("speed", int))
 async def block_job_set_speed(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Limit a job to `speed` bytes per second, 0 for no limit.
+
+    The error class for a job that is not there is DeviceNotActive.
+    """
     job_id, speed_bytes = arguments["device"], arguments["speed"]
     if not _listed(backend.jobs(), "id", job_id):
         raise ControlError(f"Block job '{job_id}' not found", "DeviceNotActive")
@@ -180,12 +196,16 @@ async def block_job_set_speed(backend: Backend, arguments: Arguments) -> JsonObj
 
 @_command("query-named-block-nodes", Argument("flat", bool, optional=True))
 async def query_named_block_nodes(backend: Backend, arguments: Arguments) -> list[JsonObject]:
-    # `flat` leaves out what a node's image says of its backing chain; there is none of it here.
+    """BlockDeviceInfo of every node.
+
+    `flat` would leave out what is said of backing chains; there is nothing of that here.
+    """
     return backend.block_nodes()
 
 
 @_command("query-block-exports")
 async def query_block_exports(backend: Backend, arguments: Arguments) -> list[JsonObject]:
+    """BlockExportInfo of every export."""
     return backend.block_exports()
 
 
@@ -198,10 +218,14 @@ async def query_block_exports(backend: Backend, arguments: Arguments) -> list[Js
     Argument("bitmap", str, optional=True),
 )
 async def nbd_server_add(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Export a node under `name`, or else its own name; read-only unless `writable`.
+
+    No node here has bitmaps, so each is "not found".
+    """
     device: str = arguments["device"]
     if not _listed(backend.block_nodes(), "node-name", device):
         raise ControlError(f"Cannot find device='{device}' nor node-name='{device}'")
-    if "bitmap" in arguments:  # no node here has bitmaps
+    if "bitmap" in arguments:
         raise ControlError(f"Bitmap '{arguments['bitmap']}' is not found")
     await backend.nbd_server_add(
         device,
@@ -218,6 +242,7 @@ async def nbd_server_add(backend: Backend, arguments: Arguments) -> JsonObject:
     Argument("mode", str, optional=True, choices=("safe", "hard")),
 )
 async def nbd_server_remove(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Remove an export: "safe" fails while it has clients, "hard" cuts them off."""
     name = arguments["name"]
     if not _listed(backend.block_exports(), "id", name):
         raise ControlError(f"Export '{name}' is not found")
@@ -227,6 +252,7 @@ async def nbd_server_remove(backend: Backend, arguments: Arguments) -> JsonObjec
 
 @_command("nbd-server-stop")
 async def nbd_server_stop(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Remove every export and stop listening for NBD clients."""
     await backend.nbd_server_stop()
     return {}
 
