@@ -7,8 +7,10 @@ same commands.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,8 +28,10 @@ class Server:
     def __init__(self, directory: Path, secondary: Path) -> None:
         self.directory = directory
         self.secondary = secondary
-        self.socket = directory / "nbd.sock"
-        self.control = directory / "qmp.sock"
+        # Not in `directory`: the path of a unix socket must be short.
+        self._sockets = Path(tempfile.mkdtemp(prefix="replnbd-", dir="/tmp"))
+        self.socket = self._sockets / "nbd.sock"
+        self.control = self._sockets / "qmp.sock"
         with open(directory / "log", "w") as log:
             self.process = subprocess.Popen(self.command(), cwd=directory, stderr=log)
         self.client = self._connect()
@@ -73,6 +77,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        shutil.rmtree(self._sockets)
 
     def _connect(self) -> ControlClient:
         deadline = time.monotonic() + READY_S

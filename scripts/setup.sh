@@ -21,7 +21,7 @@ find_python() {
             command -v "$candidate"
             return
         fi
-        found="$found $("$candidate" -V 2>&1)"
+        found="$found $("$candidate" -V 2>&1 || true)"
     done
     die "needs Python 3.11 or newer${found:+ (found:$found)}; on Debian 12: apt-get install python3"
 }
