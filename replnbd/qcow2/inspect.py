@@ -180,7 +180,7 @@ def _map_entry(run: _Run, below: bool) -> MapEntry:
         zero=state == _ZERO or (unallocated and not below),
         data=state in (_DATA, _COMPRESSED),
         compressed=state == _COMPRESSED,
-        offset=None if run.offset < 0 or (unallocated and below) else run.offset,
+        offset=None if run.offset < 0 else run.offset,
         depth=int(unallocated and below),
     )
 
@@ -201,11 +201,11 @@ async def _runs_of_tables(file: BlockNode, header: Header) -> AsyncIterator[list
         if fault:
             raise ImageError(f"{path}: L1 entry {index} ({entry:#x}) {fault}")
         words = words_of(await read_bytes(file, entry & OFFSET_MASK, header.cluster_size))
-        yield _runs_of_table(shape, words, start, path)
+        yield _runs_of_table(shape, words, start, path, header.backing_file is not None)
         await asyncio.sleep(0)  # a table takes milliseconds, and others use the loop too
 
 
-def _runs_of_table(shape: Shape, words: Words, guest: int, path: str) -> list[_Run]:
+def _runs_of_table(shape: Shape, words: Words, guest: int, path: str, below: bool) -> list[_Run]:
     runs: list[_Run] = []
     cluster_size = shape.cluster_size
     seconds = words[1::2] if shape.extended else words
@@ -227,7 +227,9 @@ def _runs_of_table(shape: Shape, words: Words, guest: int, path: str) -> list[_R
                 state, count = run_of_subclusters(bitmap, position, shape.sub_count)
                 inside = position * shape.sub_size
                 part = min(count * shape.sub_size, length - inside)
-                _append(runs, _Run(guest + inside, part, state, host + inside if host else -1))
+                # Space kept for what the backing file shows is not where those bytes are.
+                here = host and not (below and state == _UNALLOCATED)
+                _append(runs, _Run(guest + inside, part, state, host + inside if here else -1))
                 position += count
         guest += cluster_size
     return runs
