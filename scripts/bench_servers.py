@@ -7,6 +7,7 @@ same commands.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,7 @@ class Server:
     def cpu_s(self) -> float:
         """Processor time the process has used so far, user and system."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / 100
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """End the process."""
@@ -87,6 +88,7 @@ class Server:
             except ReplnbdError as exc:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     self.process.kill()
+                    shutil.rmtree(self._sockets)
                     log = (self.directory / "log").read_text()
                     raise SystemExit(f"{self.name} does not serve: {exc}\n{log}") from exc
             time.sleep(0.05)
