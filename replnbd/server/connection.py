@@ -34,7 +34,7 @@ from replnbd.nbd.constants import CMD_READ, CMD_WRITE, REQUEST_MAGIC, SIMPLE_REP
 from replnbd.server.export import Export
 from replnbd.server.operations import operation
 from replnbd.server.resume import carry_on
-from replnbd.server.slabs import OUTBOX_BYTES, Inbox, Outbox, Slab
+from replnbd.server.slabs import OUTBOX_BYTES, Inbox, Outbox, Pool, Slab
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Connection(asyncio.BufferedProtocol):
         export: Export,
         peer: str,
         bus: EventBus,
+        pool: Pool,
         on_closed: Callable[[Connection], None],
     ) -> None:
         self.export = export
@@ -118,7 +119,8 @@ class Connection(asyncio.BufferedProtocol):
         self._idle.set()
         self._linger: asyncio.TimerHandle | None = None
         # Buffers
-        self._inbox = Inbox()
+        self._pool = pool
+        self._inbox = Inbox(pool)
         self._incomplete: Request | None = None
 
     # Section: the transport's callbacks
@@ -126,7 +128,7 @@ class Connection(asyncio.BufferedProtocol):
     def start(self, transport: asyncio.Transport, early: bytes, *, write_paused: bool) -> None:
         """Take over a transport whose handshake is done; `early` are bytes received after it."""
         self._transport = transport
-        self._outbox = Outbox(transport)
+        self._outbox = Outbox(transport, self._pool)
         transport.set_write_buffer_limits(high=UNSENT_BYTES_MAX)
         self.export.connections.add(self)
         if write_paused:
@@ -232,11 +234,11 @@ class Connection(asyncio.BufferedProtocol):
     def _run(self) -> None:
         """One batch: run all complete requests, send their replies, get ready to receive."""
         self._outbox.begin()
-        payload = self._inbox.take_payload()
-        if payload is not None:
+        complete = self._inbox.take_payload()
+        if complete is not None:
             request, self._incomplete = self._incomplete, None
             assert request is not None
-            self._start(request, payload, None)
+            self._start(request, *complete)
         if self._inbox.payload is None:
             self._parse()
         self._outbox.flush()
@@ -355,7 +357,7 @@ class Connection(asyncio.BufferedProtocol):
             if error and command == CMD_WRITE:
                 return self._refuse_payload(length)
             return True
-        self._start(request, payload, inbox.slab)
+        self._start(request, payload, None if payload is None else inbox.slab)
         return True
 
     def _refuse_payload(self, length: int) -> bool:
@@ -367,11 +369,12 @@ class Connection(asyncio.BufferedProtocol):
         self._inbox.skip(length)
         return True
 
-    def _start(self, request: Request, payload: Buffer | None, received: Slab | None) -> None:
-        """Run a valid request. `received`: the slab that `payload` is a slice of, if it is."""
+    def _start(self, request: Request, payload: Buffer | None, slab: Slab | None) -> None:
+        """Run a valid request. `slab`: what `payload` is a slice of."""
         reply: memoryview | None = None
         if request.command == CMD_READ:
-            reply = memoryview(bytearray(SIMPLE_REPLY_SIZE + request.length))
+            slab = self._pool.take(SIMPLE_REPLY_SIZE + request.length)
+            reply = slab.view[: SIMPLE_REPLY_SIZE + request.length]
         running = operation(self.export.node, request, payload, reply)
         try:
             waiting = running.send(None)
@@ -379,17 +382,22 @@ class Connection(asyncio.BufferedProtocol):
             self._succeeded(request)
             if reply is None:
                 self._put(0, request.cookie)
+                self._give_back(slab)
             else:
-                self._outbox.flush()  # any order will do, but the order of requests is nicest
-                self._send(reply, request.cookie)
+                self._send(reply, request.cookie, slab)
         except (Exception, asyncio.CancelledError) as exc:
             self._put(self._error_of(exc, request), request.cookie)
+            self._give_back(slab)
         else:
-            self._carry(running, waiting, request, reply, None if payload is None else received)
+            self._carry(running, waiting, request, reply, slab)
 
-    def _send(self, reply: memoryview, cookie: int) -> None:
+    def _send(self, reply: memoryview, cookie: int, slab: Slab | None) -> None:
         pack_simple_reply_into(reply, 0, SIMPLE_REPLY_MAGIC, 0, cookie)
-        self._transport.write(reply)
+        self._outbox.send(reply, slab if slab is not None and slab.pooled else None)
+
+    def _give_back(self, slab: Slab | None) -> None:
+        if slab is not None and slab.pooled:
+            self._pool.give(slab)
 
     # Section: operations that have suspended
 
@@ -434,11 +442,13 @@ class Connection(asyncio.BufferedProtocol):
         self._in_flight -= 1
         if request.command in (CMD_READ, CMD_WRITE):
             self._in_flight_bytes -= request.length
-        if self.state is not State.CLOSED and not self._transport.is_closing():
-            if reply is None or error:
+        alive = self.state is not State.CLOSED and not self._transport.is_closing()
+        if alive and reply is not None and not error:
+            self._send(reply, request.cookie, slab)
+        else:
+            self._give_back(slab)
+            if alive:
                 self._transport.write(pack_simple_reply(error, request.cookie))
-            else:
-                self._send(reply, request.cookie)
         if not self._in_flight:
             self._idle.set()
             if self.state is State.DRAINING:

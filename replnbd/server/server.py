@@ -15,6 +15,7 @@ from replnbd.server.connection import Connection, State
 from replnbd.server.export import Export
 from replnbd.server.listener import BoundSocket, bind_uri
 from replnbd.server.negotiation import HANDSHAKE_TIMEOUT_S, Negotiation
+from replnbd.server.slabs import Pool
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class NbdServer:
         self._listeners: list[tuple[asyncio.AbstractServer, BoundSocket]] = []
         self._negotiations: set[Negotiation] = set()
         self._connections: set[Connection] = set()
+        self._pool = Pool()
         self._serial = 0
         self._refused = 0
         self._closed = False
@@ -169,7 +171,9 @@ class NbdServer:
         assert transport is not None
         self._negotiations.discard(negotiation)
         export = self._exports[offer.name]
-        connection = Connection(export, negotiation.peer, self._bus, self._connections.discard)
+        connection = Connection(
+            export, negotiation.peer, self._bus, self._pool, self._connections.discard
+        )
         self._connections.add(connection)
         log.info("%s: uses export %s", negotiation.peer, export.name)
         connection.start(transport, negotiation.early, write_paused=negotiation.write_paused)
