@@ -274,7 +274,7 @@ class Connection(asyncio.BufferedProtocol):
                 continue
             else:
                 break
-            if outbox.at + reply_size > OUTBOX_BYTES:
+            if outbox.at + reply_size > outbox.limit:
                 outbox.turn()
                 if self._hold:  # the peer does not read: this request waits in the inbox
                     break
@@ -319,7 +319,7 @@ class Connection(asyncio.BufferedProtocol):
     def _put(self, error: int, cookie: int) -> None:
         """Pack a reply without payload into the outbox."""
         outbox = self._outbox
-        if outbox.at + SIMPLE_REPLY_SIZE > OUTBOX_BYTES:
+        if outbox.at + SIMPLE_REPLY_SIZE > outbox.limit:
             outbox.turn()
         pack_simple_reply_into(outbox.slab.buffer, outbox.at, SIMPLE_REPLY_MAGIC, error, cookie)
         outbox.at += SIMPLE_REPLY_SIZE

@@ -20,8 +20,8 @@ from replnbd.server.slabs import Pool
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 1024
-"""Clients at a time, handshakes included. QEMU's default is 100; ours costs 0.5 MiB each at most
-while it is idle, and cluster tools open several per disk."""
+"""Clients at a time, handshakes included. QEMU allows 100; cluster tools open several per disk,
+and ours cost 50 KiB each while they are idle."""
 
 HANG_UP_S = 0.5
 """At the end, for a client that has all its replies to hang up: that takes a round trip."""

@@ -17,6 +17,9 @@ INBOX_BYTES = 256 * 1024
 OUTBOX_BYTES = 256 * 1024
 """Replies to 63 reads of 4 KiB; beyond it a batch takes more than one write."""
 
+START_BYTES = 16 * 1024
+"""Of both, until a batch fills them: a thousand idle clients must not cost half a gigabyte."""
+
 _SCRAP = memoryview(bytearray(64 * 1024))  # written by all who drop what they receive, never read
 _ROOM_MIN = INBOX_BYTES // 4  # with less behind lent slices, take a new slab
 
@@ -91,7 +94,7 @@ class Inbox:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self.slab = Slab(INBOX_BYTES)
+        self.slab = Slab(START_BYTES)
         self.start = 0
         self.end = 0
         self.payload: memoryview | None = None
@@ -148,16 +151,15 @@ class Inbox:
     def settle(self) -> None:
         """After a batch: make room behind `end`, without touching lent slices."""
         slab, start, end = self.slab, self.start, self.end
-        if not slab.users:
-            if start:
-                if start != end:
-                    slab.view[: end - start] = slab.view[start:end]
-                self.start, self.end = 0, end - start
-        elif INBOX_BYTES - end < _ROOM_MIN:
-            fresh = Slab(INBOX_BYTES)
-            fresh.view[: end - start] = slab.view[start:end]
-            self.slab = fresh
-            self.start, self.end = 0, end - start
+        room = len(slab.buffer) - end
+        grow = not room and end < INBOX_BYTES
+        if grow or (slab.users and room < _ROOM_MIN):
+            self.slab = Slab(INBOX_BYTES)
+        elif slab.users or not start:
+            return
+        if start != end:
+            self.slab.view[: end - start] = slab.view[start:end]
+        self.start, self.end = 0, end - start
 
 
 class Outbox:
@@ -167,13 +169,14 @@ class Outbox:
     reply (`lend`), which is written on its own when it is ready.
     """
 
-    __slots__ = ("_pool", "_sent", "_start", "_transport", "at", "slab")
+    __slots__ = ("_pool", "_sent", "_start", "_transport", "at", "limit", "slab")
 
     def __init__(self, transport: asyncio.Transport, pool: Pool) -> None:
         self._transport = transport
         self._pool = pool
         self._sent: list[Slab] = []
-        self.slab = Slab(OUTBOX_BYTES)
+        self.slab = Slab(START_BYTES)
+        self.limit = START_BYTES
         self.at = 0
         self._start = 0
 
@@ -208,8 +211,9 @@ class Outbox:
         """The slab is full: write it, and start on a fresh one."""
         self.flush()
         self.begin()
-        if self.at:
+        if self.at or self.limit < OUTBOX_BYTES:
             self.slab = Slab(OUTBOX_BYTES)
+            self.limit = OUTBOX_BYTES
             self.at = self._start = 0
 
     def lend(self, end: int) -> memoryview:
