@@ -22,6 +22,12 @@ from replnbd.errors import ConfigError
 WRITE_INLINE_MAX = 256 * 1024
 """Bytes. Above this the copy alone outweighs the 50 µs that a thread costs."""
 
+WRITE_SLICE = 64 * 1024
+"""Bytes per pwrite. The page cache keeps what one call wrote in folios of that size, and on ext4
+every later small write walks its whole folio: 4 KiB cost 2 µs in a file written in pieces of 4 KiB,
+4.4 µs after pieces of 64 KiB, 33 µs after pieces of 1 MiB (Linux 6.18). Writing 1 MiB in slices
+costs 20 µs more than at once."""
+
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
@@ -93,13 +99,16 @@ class FileNode(BlockNode):
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         length = len(data)
-        if length <= WRITE_INLINE_MAX:
+        if length <= WRITE_SLICE:
             done = os.pwrite(self._fd, data, offset)
             if done == length:
                 return
             data = memoryview(data)[done:]
             offset += done
-        await run_blocking(_write_all, self._fd, offset, data)
+        if length <= WRITE_INLINE_MAX:
+            _write_all(self._fd, offset, data)
+        else:
+            await run_blocking(_write_all, self._fd, offset, data)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
@@ -160,7 +169,7 @@ def _read_all(fd: int, offset: int, buffer: memoryview) -> None:
 def _write_all(fd: int, offset: int, data: Buffer) -> None:
     view = memoryview(data)
     while view:
-        done = os.pwrite(fd, view, offset)
+        done = os.pwrite(fd, view[:WRITE_SLICE], offset)
         if done == 0:
             raise OSError(errno.EIO, "write returned 0 bytes")
         view = view[done:]
