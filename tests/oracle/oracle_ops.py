@@ -236,7 +236,7 @@ class Generator:
         if self._random.random() < 0.5:
             return op
         salt = self._random.getrandbits(32)
-        return replace(op, length=self.setup.sizes[op.disk], salt=salt)
+        return replace(op, length=8 * CLUSTER, salt=salt)
 
     def _draw(self) -> Op:
         chooser = self._random
@@ -294,3 +294,14 @@ class Generator:
             offset = chooser.randrange(size)
             length = chooser.randrange(1, 5 * CLUSTER)
         return offset, min(length, size - offset)
+
+
+def small_io(chooser: random.Random, size: int, sides: tuple[Side, ...]) -> Op:
+    """A random request to a disk of `size` bytes, short and mostly to few places, so that the
+    overlays of a large disk stay small."""
+    verb = chooser.choice((Verb.READ, Verb.WRITE, Verb.WRITE, Verb.WRITE, Verb.ZEROES, Verb.TRIM))
+    place = chooser.randrange(16) * (size // 16)
+    offset = max(0, place + chooser.randrange(-6000, 6000))
+    length = min(chooser.choice((1, 512, 2048, 5000, 20000)), size - offset)
+    side = chooser.choice(sides)
+    return Op(verb, 0, side, offset, length, salt=chooser.getrandbits(32))

@@ -38,6 +38,10 @@ COMMANDS: dict[Verb, tuple[str, dict[str, Any] | None]] = {
 }
 
 
+IN_FLIGHT_MAX = 64
+"""Writes of one connection. With some 300 replies unread QEMU waits for its reader, for ever."""
+
+
 def outcome_of(answer: Answer) -> Outcome:
     """A QMP answer, as the model tells it."""
     if answer.ok:
@@ -117,9 +121,13 @@ class World:
     def _burst(self, op: Op) -> Outcome:
         writes = op.burst()
         clients = [self.clients[op.disk, side] for side in (Side.PRIMARY, Side.STANDBY)]
-        pending = [client.send_writes(part) for client, part in zip(clients, writes, strict=True)]
-        for client, cookies in zip(clients, pending, strict=True):
-            client.finish(cookies)
+        for start in range(0, max(map(len, writes)), IN_FLIGHT_MAX):
+            pending = [
+                client.send_writes(part[start : start + IN_FLIGHT_MAX])
+                for client, part in zip(clients, writes, strict=True)
+            ]
+            for client, cookies in zip(clients, pending, strict=True):
+                client.finish(cookies)
         return OK
 
     def _contents(self) -> bytes:

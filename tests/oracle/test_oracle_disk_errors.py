@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from oracle_check import Checked
 from oracle_model import Difference
-from oracle_ops import CLUSTER, Op, Setup, Side, Stage, Verb
+from oracle_ops import CLUSTER, Op, Setup, Side, Stage, Verb, small_io
 from oracle_worlds import QemuWorld, ReplnbdWorld, World
 from peers import NbdReplyError
 
@@ -26,22 +26,12 @@ FILE_SIZE_LIMIT = SIZE // 2
 """The upper half of the secondary disk cannot be written; the overlays' files stay well below."""
 
 
-def small_io(chooser: random.Random, sides: tuple[Side, ...]) -> Op:
-    """A random request, short and mostly to few places, so that the overlays stay small."""
-    verb = chooser.choice((Verb.READ, Verb.WRITE, Verb.WRITE, Verb.WRITE, Verb.ZEROES, Verb.TRIM))
-    place = chooser.randrange(16) * (SIZE // 16)
-    offset = max(0, place + chooser.randrange(-6000, 6000))
-    length = min(chooser.choice((1, 512, 2048, 5000, 20000)), SIZE - offset)
-    side = chooser.choice(sides)
-    return Op(verb, 0, side, offset, length, salt=chooser.getrandbits(32))
-
-
 def run_until_failed(checked: Checked, chooser: random.Random) -> None:
     """Start, requests of both sides around a checkpoint, and a failover whose commit fails."""
     world = checked.world
     checked.run(Op(Verb.START))
     for index in range(60):
-        checked.run(small_io(chooser, (Side.PRIMARY, Side.STANDBY)))
+        checked.run(small_io(chooser, SIZE, (Side.PRIMARY, Side.STANDBY)))
         if index == 20:
             checked.run(Op(Verb.CHECKPOINT))
     checked.run(Op(Verb.WRITE, 0, Side.STANDBY, SIZE - CLUSTER - 100, 200, salt=1))
@@ -68,7 +58,7 @@ def test_after_a_failed_commit_the_view_holds_and_takes_writes(
         run_until_failed(checked, chooser)
         commands = (Verb.STATUS, Verb.CHECKPOINT, Verb.START, Verb.START_AS_PRIMARY, Verb.STOP)
         for _ in range(40):
-            checked.run(small_io(chooser, (Side.STANDBY,)))
+            checked.run(small_io(chooser, SIZE, (Side.STANDBY,)))
             checked.run(Op(chooser.choice((*commands, Verb.COMPARE))))
         # Where the overlays end: a write of which both halves have a different target.
         checked.run(Op(Verb.WRITE, 0, Side.STANDBY, SIZE - CLUSTER - 300, CLUSTER, salt=2))

@@ -222,7 +222,8 @@ class NbdClient:
     # -- several requests in flight -------------------------------------------------------------
 
     def send_writes(self, writes: Iterable[tuple[int, bytes]]) -> set[int]:
-        """Send every write and read no reply; what to give to `finish` later."""
+        """Send every write and read no reply; what to give to `finish` later. Some dozens at a
+        time: a server whose replies nobody reads stops reading requests."""
         return {self._send(CMD_WRITE, at, len(data), data=memoryview(data)) for at, data in writes}
 
     def finish(self, pending: set[int]) -> None:
