@@ -241,7 +241,8 @@ async def _write_refcounts(file: BlockNode, header: Header, clusters: int) -> No
     for number, offset in enumerate(offsets):
         block = RefcountBlock(bytes(cluster_size), header.refcount_bits)
         block.set_run(0, min(entries, clusters - number * entries), 1)
-        await file.pwrite(offset, block.encode())
+        # The rest of the block is a hole: up to 2 MiB in which no refcount is set.
+        await file.pwrite(offset, block.encode().rstrip(b"\0"))
     await file.pwrite(header.refcount_table_offset, struct.pack(f">{len(offsets)}Q", *offsets))
 
 
