@@ -17,7 +17,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 from replnbd.block import Buffer
 from replnbd.events import EventBus
@@ -32,8 +32,7 @@ from replnbd.nbd import (
 from replnbd.nbd import constants as c
 from replnbd.nbd.constants import CMD_READ, CMD_WRITE, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC
 from replnbd.server.export import Export
-from replnbd.server.operations import operation
-from replnbd.server.resume import carry_on
+from replnbd.server.operations import InFlight, Request, operation
 from replnbd.server.slabs import OUTBOX_BYTES, Inbox, Outbox, Pool, Slab
 
 log = logging.getLogger(__name__)
@@ -41,12 +40,6 @@ log = logging.getLogger(__name__)
 # What one peer can make us hold: IN_FLIGHT_BYTES_MAX and one payload in operations, as much
 # again in their replies, UNSENT_BYTES_MAX and one payload in the transport, and the slabs that
 # IN_FLIGHT_MAX small operations pin at worst (one each, if everything between them was quick).
-
-IN_FLIGHT_MAX = 128
-"""Suspended operations of one connection: the Linux client's queue depth. QEMU allows 16."""
-
-IN_FLIGHT_BYTES_MAX = c.PAYLOAD_BYTES_MAX
-"""Payload bytes of suspended operations: at least one of the largest must fit."""
 
 UNSENT_BYTES_MAX = 2 << 20
 """Reply bytes that the peer has not read, before we stop reading from it."""
@@ -72,16 +65,6 @@ class State(Enum):
     DRAINING = auto()
     LINGERING = auto()
     CLOSED = auto()
-
-
-class Request(NamedTuple):
-    """A request off the common path."""
-
-    flags: int
-    command: int
-    cookie: int
-    offset: int
-    length: int
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -111,12 +94,7 @@ class Connection(asyncio.BufferedProtocol):
         self._write_paused = False
         self._reading_paused = False
         self._peer_done = False
-        # Operations in flight
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._in_flight = 0
-        self._in_flight_bytes = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._in_flight = InFlight(self._completed)
         self._linger: asyncio.TimerHandle | None = None
         # Buffers
         self._pool = pool
@@ -169,7 +147,7 @@ class Connection(asyncio.BufferedProtocol):
         self.state = State.CLOSED
         self._hold = True
         self.export.connections.discard(self)
-        if not self._in_flight:
+        if not self._in_flight.count:
             self._end()
 
     # Section: ending
@@ -182,7 +160,7 @@ class Connection(asyncio.BufferedProtocol):
             self._inbox.drop_everything()
             if self._reading_paused and not self._transport.is_closing():
                 self._transport.resume_reading()  # to hear the client hang up
-            if not self._in_flight:
+            if not self._in_flight.count:
                 self._close()
 
     def abort(self) -> None:
@@ -191,7 +169,7 @@ class Connection(asyncio.BufferedProtocol):
 
     async def wait_idle(self) -> None:
         """Wait until no operation is in flight; after `finish` none begins again."""
-        await self._idle.wait()
+        await self._in_flight.idle.wait()
 
     @property
     def unsent_bytes(self) -> int:
@@ -225,8 +203,7 @@ class Connection(asyncio.BufferedProtocol):
             self._hold
             and self.state is State.SERVING
             and not self._write_paused
-            and self._in_flight < IN_FLIGHT_MAX
-            and self._in_flight_bytes < IN_FLIGHT_BYTES_MAX
+            and not self._in_flight.full
         ):
             self._hold = False
             self._run()
@@ -258,7 +235,7 @@ class Connection(asyncio.BufferedProtocol):
         """The loop that everything is about: plain READs and WRITEs run here, in line."""
         inbox, outbox, node, size = self._inbox, self._outbox, self.export.node, self._size
         received = inbox.slab
-        reads = writes = bytes_read = bytes_written = 0
+        operations, volume = [0, 0], [0, 0]  # by command: CMD_READ is 0, CMD_WRITE is 1
         for _ in range(BATCH_REQUESTS_MAX):
             start, end = inbox.start, inbox.end
             if end - start < REQUEST_SIZE or self._hold:
@@ -291,16 +268,10 @@ class Connection(asyncio.BufferedProtocol):
             except StopIteration:
                 pack_simple_reply_into(reply.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
                 outbox.at = at + reply_size
-                if command == CMD_READ:
-                    reads += 1
-                    bytes_read += length
-                else:
-                    writes += 1
-                    bytes_written += length
+                operations[command] += 1
+                volume[command] += length
             except (Exception, asyncio.CancelledError) as exc:
-                self._put(
-                    self._error_of(exc, Request(flags, command, cookie, offset, length)), cookie
-                )
+                self._put(self.export.failed(exc, command, flags, self._bus), cookie)
             else:
                 request = Request(flags, command, cookie, offset, length)
                 if command == CMD_READ:
@@ -310,11 +281,8 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._hold = True
             self._loop.call_soon(self._release)
-        stats = self.export.stats
-        stats.reads += reads
-        stats.bytes_read += bytes_read
-        stats.writes += writes
-        stats.bytes_written += bytes_written
+        for command in (CMD_READ, CMD_WRITE):
+            self.export.stats.count(command, operations[command], volume[command])
 
     def _put(self, error: int, cookie: int) -> None:
         """Pack a reply without payload into the outbox."""
@@ -379,14 +347,15 @@ class Connection(asyncio.BufferedProtocol):
         try:
             waiting = running.send(None)
         except StopIteration:
-            self._succeeded(request)
+            self.export.stats.count(request.command, 1, request.length)
             if reply is None:
                 self._put(0, request.cookie)
                 self._give_back(slab)
             else:
                 self._send(reply, request.cookie, slab)
         except (Exception, asyncio.CancelledError) as exc:
-            self._put(self._error_of(exc, request), request.cookie)
+            error = self.export.failed(exc, request.command, request.flags, self._bus)
+            self._put(error, request.cookie)
             self._give_back(slab)
         else:
             self._carry(running, waiting, request, reply, slab)
@@ -410,38 +379,23 @@ class Connection(asyncio.BufferedProtocol):
         slab: Slab | None,
     ) -> None:
         """Let a task carry on an operation that uses `slab`; `reply` is a READ's place."""
-        if slab is not None:
-            slab.users += 1
-        self._in_flight += 1
-        self._idle.clear()
-        if request.command in (CMD_READ, CMD_WRITE):
-            self._in_flight_bytes += request.length
-        if self._in_flight >= IN_FLIGHT_MAX or self._in_flight_bytes >= IN_FLIGHT_BYTES_MAX:
+        self._in_flight.carry(running, waiting, request, reply, slab)
+        if self._in_flight.full:
             self._hold = True
-        task = self._loop.create_task(self._complete(running, waiting, request, reply, slab))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
-    async def _complete(
+    def _completed(
         self,
-        running: Coroutine[Any, Any, None],
-        waiting: Any,  # noqa: ANN401
         request: Request,
+        failure: BaseException | None,
         reply: memoryview | None,
         slab: Slab | None,
     ) -> None:
+        """A suspended operation has ended: answer it, and go on with what waited for that."""
         error = 0
-        try:
-            await carry_on(running, waiting)
-        except (Exception, asyncio.CancelledError) as exc:
-            error = self._error_of(exc, request)
+        if failure is None:
+            self.export.stats.count(request.command, 1, request.length)
         else:
-            self._succeeded(request)
-        if slab is not None:
-            slab.users -= 1
-        self._in_flight -= 1
-        if request.command in (CMD_READ, CMD_WRITE):
-            self._in_flight_bytes -= request.length
+            error = self.export.failed(failure, request.command, request.flags, self._bus)
         alive = self.state is not State.CLOSED and not self._transport.is_closing()
         if alive and reply is not None and not error:
             self._send(reply, request.cookie, slab)
@@ -449,44 +403,10 @@ class Connection(asyncio.BufferedProtocol):
             self._give_back(slab)
             if alive:
                 self._transport.write(pack_simple_reply(error, request.cookie))
-        if not self._in_flight:
-            self._idle.set()
+        if not self._in_flight.count:
             if self.state is State.DRAINING:
                 self._close()
             elif self.state is State.CLOSED:
                 self._end()
         if self._hold:
             self._release()
-
-    def _succeeded(self, request: Request) -> None:
-        stats, command, length = self.export.stats, request.command, request.length
-        if command == CMD_READ:
-            stats.reads += 1
-            stats.bytes_read += length
-        elif command == CMD_WRITE:
-            stats.writes += 1
-            stats.bytes_written += length
-        elif command == c.CMD_FLUSH:
-            stats.flushes += 1
-        else:
-            stats.zeroes += 1
-            stats.bytes_zeroed += length
-
-    def _error_of(self, exc: BaseException, request: Request) -> int:
-        """The wire error for what an operation raised."""
-        if isinstance(exc, OSError):
-            return self.export.report_error(exc, request.command, request.flags, self._bus)
-        self.export.stats.errors += 1
-        if isinstance(exc, asyncio.CancelledError):
-            return c.ESHUTDOWN  # only an ending loop cancels operations
-        # A bug of ours: the client gets an answer, the log the truth.
-        log.error(
-            "export %s: %s at %d, length %d: bug in node %s",
-            self.export.name,
-            c.command_name(request.command),
-            request.offset,
-            request.length,
-            self.export.node.name,
-            exc_info=exc,
-        )
-        return c.EIO

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -52,6 +53,20 @@ class ExportStats:
     bytes_zeroed: int = 0
     errors: int = 0
 
+    def count(self, command: int, operations: int, length: int) -> None:
+        """Add operations that succeeded, with `length` bytes together."""
+        if command == c.CMD_READ:
+            self.reads += operations
+            self.bytes_read += length
+        elif command == c.CMD_WRITE:
+            self.writes += operations
+            self.bytes_written += length
+        elif command == c.CMD_FLUSH:
+            self.flushes += operations
+        else:
+            self.zeroes += operations
+            self.bytes_zeroed += length
+
 
 class Export:
     """A disk on offer. `node` may be replaced at any time; requests then go to the new one."""
@@ -86,11 +101,21 @@ class Export:
             self.name, self.description, self.node.size, self.transmission_flags, self.refusal
         )
 
-    def report_error(self, error: OSError, command: int, flags: int, bus: EventBus) -> int:
-        """Log an operation's failure (once a burst), send BLOCK_IO_ERROR, return the wire error.
+    def failed(self, failure: BaseException, command: int, flags: int, bus: EventBus) -> int:
+        """An operation raised `failure`: tell log and bus, and return the error for the client."""
+        if isinstance(failure, OSError):
+            return self._failed_in_order(failure, command, flags, bus)
+        self.stats.errors += 1
+        if isinstance(failure, asyncio.CancelledError):
+            return c.ESHUTDOWN  # only an ending loop cancels operations
+        # A bug of ours: the client gets an answer, the log the truth.
+        name, node = c.command_name(command), self.node.name
+        log.error("export %s: %s: bug in node %s", self.name, name, node, exc_info=failure)
+        return c.EIO
 
-        The event is QEMU's (qapi/block-core.json) for an error that is reported to the client.
-        """
+    def _failed_in_order(self, error: OSError, command: int, flags: int, bus: EventBus) -> int:
+        """One log line per burst, and BLOCK_IO_ERROR as QEMU sends it (qapi/block-core.json) for
+        an error that is reported to the client."""
         wire = wire_error(error, flags)
         if wire == c.ENOTSUP:
             return wire  # the answer to FAST_ZERO, no failure

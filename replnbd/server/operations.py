@@ -1,16 +1,37 @@
-"""From a valid request to the node operation that it asks for."""
+"""Requests off the common path: what one asks a node for, and what becomes of it if it suspends."""
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
 
 from replnbd.block import BlockNode, Buffer
 from replnbd.nbd import SIMPLE_REPLY_SIZE
 from replnbd.nbd import constants as c
+from replnbd.server.resume import carry_on
+from replnbd.server.slabs import Slab
 
-if TYPE_CHECKING:
-    from replnbd.server.connection import Request
+IN_FLIGHT_MAX = 128
+"""Suspended operations of one connection: the Linux client's queue depth. QEMU allows 16."""
+
+IN_FLIGHT_BYTES_MAX = c.PAYLOAD_BYTES_MAX
+"""Payload bytes of suspended operations: at least one of the largest must fit."""
+
+
+class Request(NamedTuple):
+    """A request, where it has to be kept."""
+
+    flags: int
+    command: int
+    cookie: int
+    offset: int
+    length: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """What it makes us hold."""
+        return self.length if self.command in (c.CMD_READ, c.CMD_WRITE) else 0
 
 
 def operation(
@@ -42,3 +63,65 @@ async def _durable(node: BlockNode, changing: Coroutine[Any, Any, None]) -> None
     # with that command have been completed and persisted to non-volatile storage"
     await changing
     await node.flush()
+
+
+Completed = Callable[[Request, BaseException | None, memoryview | None, Slab | None], None]
+
+
+class InFlight:
+    """The suspended operations of one connection: each is carried on by a task, to its end."""
+
+    def __init__(self, completed: Completed) -> None:
+        """`completed(request, failure, reply, slab)` is called for each, after it was counted out;
+        `reply` and `slab` are what `carry` got."""
+        self._completed = completed
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.count = 0
+        self.bytes = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    @property
+    def full(self) -> bool:
+        """Whether no more may begin."""
+        return self.count >= IN_FLIGHT_MAX or self.bytes >= IN_FLIGHT_BYTES_MAX
+
+    def carry(
+        self,
+        running: Coroutine[Any, Any, None],
+        waiting: Any,  # noqa: ANN401 - what the loop's futures yield
+        request: Request,
+        reply: memoryview | None,
+        slab: Slab | None,
+    ) -> None:
+        """Take over an operation that has yielded `waiting`, and which uses `slab`."""
+        if slab is not None:
+            slab.users += 1
+        self.count += 1
+        self.bytes += request.payload_bytes
+        self.idle.clear()
+        task = self._loop.create_task(self._complete(running, waiting, request, reply, slab))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _complete(
+        self,
+        running: Coroutine[Any, Any, None],
+        waiting: Any,  # noqa: ANN401
+        request: Request,
+        reply: memoryview | None,
+        slab: Slab | None,
+    ) -> None:
+        failure: BaseException | None = None
+        try:
+            await carry_on(running, waiting)
+        except (Exception, asyncio.CancelledError) as exc:
+            failure = exc
+        if slab is not None:
+            slab.users -= 1
+        self.count -= 1
+        self.bytes -= request.payload_bytes
+        if not self.count:
+            self.idle.set()
+        self._completed(request, failure, reply, slab)

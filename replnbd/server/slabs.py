@@ -70,7 +70,7 @@ class Pool:
 
 def _rounded(size: int) -> int:
     """Up to a quarter of a power of two, and a page for headers: few sizes, little waste."""
-    step = max(1 << 14, 1 << (size.bit_length() - 3))
+    step = 1 << max(14, size.bit_length() - 3)
     return -(-size // step) * step
 
 

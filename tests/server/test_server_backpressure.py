@@ -20,13 +20,8 @@ from server_wire import (
 
 from replnbd.block import MemoryNode
 from replnbd.server import Export, NbdServer
-from replnbd.server.connection import (
-    IN_FLIGHT_BYTES_MAX,
-    IN_FLIGHT_MAX,
-    PACKED_READ_MAX,
-    UNSENT_BYTES_MAX,
-    Connection,
-)
+from replnbd.server.connection import PACKED_READ_MAX, UNSENT_BYTES_MAX, Connection
+from replnbd.server.operations import IN_FLIGHT_BYTES_MAX, IN_FLIGHT_MAX
 from replnbd.server.slabs import INBOX_BYTES, OUTBOX_BYTES
 
 MIB = 1 << 20
@@ -105,7 +100,7 @@ async def test_no_more_than_the_limit_of_bytes_is_in_flight(short_dir: Path) -> 
         await node.wait_waiting(IN_FLIGHT_BYTES_MAX // (8 * MIB))
         connection = only(server)
         await settled(lambda: connection._reading_paused)
-        assert connection._in_flight_bytes <= IN_FLIGHT_BYTES_MAX
+        assert connection._in_flight.bytes <= IN_FLIGHT_BYTES_MAX
         node.gate.set()
         replies = sorted([await client.reply() for _ in range(count)])
         assert replies == [(0, cookie, b"") for cookie in range(count)]
