@@ -63,7 +63,10 @@ class Pool:
         """Nobody uses `slab` any more, and nobody will."""
         assert not slab.users
         size = len(slab.buffer)
-        if self._bytes + size <= POOL_BYTES_MAX:
+        if self._bytes + size > POOL_BYTES_MAX:
+            self._free.clear()  # they may all be of sizes that nobody wants any more
+            self._bytes = 0
+        if size <= POOL_BYTES_MAX:
             self._bytes += size
             self._free.setdefault(size, []).append(slab)
 

@@ -174,15 +174,18 @@ def test_a_reply_s_slab_is_not_used_again_before_the_reply_was_sent() -> None:
 def test_a_pool_gives_slabs_that_are_large_enough_and_wastes_little() -> None:
     pool = Pool()
     for size in [1, 16, 4112, 32_769, 65_553, (1 << 20) + 16, (32 << 20) + 16]:
-        slab = pool.take(size)
-        assert size <= len(slab.buffer) <= max(size * 1.25 + 1, 16384)
+        assert size <= len(pool.take(size).buffer) <= size + max(size // 4, 16384)
 
 
-def test_a_pool_keeps_no_more_than_its_limit() -> None:
+def test_a_pool_keeps_no_more_than_its_limit_and_forgets_sizes_out_of_use() -> None:
     pool = Pool()
-    slabs = [pool.take(8 << 20) for _ in range(6)]
-    for slab in slabs:
+    old = [pool.take(8 << 20) for _ in range(4)]
+    assert sum(len(each.buffer) for each in old) == POOL_BYTES_MAX
+    for slab in old:
         pool.give(slab)
-    again = [pool.take(8 << 20) for _ in range(6)]
-    kept = sum(len(each.buffer) for each in again if each in slabs)
-    assert kept == POOL_BYTES_MAX
+    assert pool.take(8 << 20) in old
+    pool.give(Slab(8 << 20))
+    new = pool.take(1 << 20)
+    pool.give(new)
+    assert pool.take(8 << 20) not in old
+    assert pool.take(1 << 20) is new
