@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -53,8 +54,8 @@ class Load:
         )
 
     def fill(self, server: Server, export: str) -> None:
-        """Write the whole disk once, in order."""
-        self._fio(server, export, "--rw=write", "--bs=1M", f"--size={self.size}")
+        """Write the whole disk once, in order, in requests as large as nbdcopy's."""
+        self._fio(server, export, "--rw=write", "--bs=256k", f"--size={self.size}")
 
     def scatter(self, server: Server, export: str, count: int, size: int, seed: int) -> Run:
         """One request to each of `count` clusters of a disk of `size` bytes, in random order."""
@@ -184,6 +185,7 @@ def memory(directory: Path, kind: type[Server], clusters: int) -> dict[str, obje
     load = Load(place, MEMORY_DISK_SIZE, 0)
     server = kind(place, secondary)
     try:
+        server.export()
         server.start()
         load.scatter(server, "disk", clusters // 2, MEMORY_DISK_SIZE, seed=5)
         load.scatter(server, "view", clusters - clusters // 2, MEMORY_DISK_SIZE, seed=6)
@@ -232,8 +234,11 @@ def main() -> None:
                 place = directory / kind.name
                 place.mkdir()
                 secondary = place / "disk.raw"
-                write_random(secondary, load.size)
+                secondary.touch()
+                os.truncate(secondary, load.size)
                 servers.append(kind(place, secondary))
+                servers[-1].export()
+                load.fill(servers[-1], "disk")  # the initial sync
                 servers[-1].start()
             cells = options.cell or list(CELLS)
             figures["requests-per-s"] = compare(load, servers, cells, options.repeat)
@@ -247,14 +252,6 @@ def main() -> None:
     if options.json:
         text = json.dumps(figures, indent=2) + "\n"
         stdout.write(text) if options.json == Path("-") else options.json.write_text(text)
-
-
-def write_random(path: Path, size: int) -> None:
-    """A disk of data that no zero detection, hole or compression makes cheaper."""
-    source = random.Random(SEED)
-    with open(path, "wb") as disk:
-        for _ in range(size >> 20):
-            disk.write(source.randbytes(1 << 20))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ class Server:
 
     def start(self) -> None:
         """Start replication: the first checkpoint holds."""
-        self.export()
         self.client.execute("xen-set-replication", enable=True, primary=False)
 
     def checkpoint(self) -> None:

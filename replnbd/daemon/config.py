@@ -10,6 +10,7 @@ import re
 import tomllib
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import msgspec
 
@@ -101,6 +102,7 @@ def check_config(config: Config, directory: Path) -> Config:
     server = config.server
     if server.control is not None:
         server.control = str(directory / server.control)
+    server.listen = [_absolute_socket(uri, directory) for uri in server.listen]
     if not config.disk:
         raise ConfigError("no [[disk]] table: nothing to serve")
     taken: dict[str, str] = {}
@@ -116,6 +118,14 @@ def check_config(config: Config, directory: Path) -> Config:
             if name is not None:
                 taken[name] = f"the {key} of [[disk]] {number}"
     return config
+
+
+def _absolute_socket(uri: str, directory: Path) -> str:
+    """A unix URI with the path of its socket made absolute; any other URI as it is."""
+    scheme, query, path = uri.partition("?socket=")
+    if not query or path.startswith(("/", "%2F", "%2f")):
+        return uri
+    return f"{scheme}{query}{quote(str(directory))}/{path}"
 
 
 def _check_disk(disk: DiskConfig, directory: Path) -> None:

@@ -63,6 +63,8 @@ class Daemon:
 
     async def close(self) -> None:
         """An orderly end: clients are let go, jobs stopped, everything is flushed and closed."""
+        if self._control is not None:
+            self._control.refuse_changes("replnbd is shutting down")
         await self.server.close(timeout_s=CLOSE_TIMEOUT_S)
         for task in tuple(self._tasks):
             await asyncio.wait([task])

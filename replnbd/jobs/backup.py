@@ -36,6 +36,10 @@ class BackupJob(Job):
     async def run(self) -> None:
         await self._finished.wait()
 
+    def restart_progress(self) -> None:
+        """A new checkpoint: nothing is saved yet."""
+        self._filter.bytes_copied = 0
+
     async def finish(self) -> None:
         """The stage that needed the copies is over: end well, and return when ended."""
         self._finished.set()

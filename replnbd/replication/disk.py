@@ -146,6 +146,8 @@ class StandbyDisk:
         self.checkpoint_time = time.time()
         self.primary.bytes_written = 0
         self.standby.bytes_written = 0
+        if self._backup is not None:
+            self._backup.restart_progress()
         self.error = None
         self._bus.emit("x-replnbd-checkpoint", device=self.name, count=self.checkpoint_count)
 
