@@ -102,3 +102,20 @@ def test_qemu_wants_sectors_of_the_filter_and_takes_bytes(short_dir: Path) -> No
         assert sizes[Side.STANDBY] == (512, 4096, 32 << 20)
         exports = {export.name for export in list_exports(world.peer.nbd_socket)}
         assert exports == {"colo0", "top0"}
+
+
+def test_qemu_drops_a_trim_where_its_world_sends_zeroes_after_it(short_dir: Path) -> None:
+    """Why Difference.TRIM: the filter has no discard, and its copy-before-write does not unmap."""
+    setup = Setup(1, (1 << 20,), ("raw",))
+    expected = bytearray(setup.content(0))
+    with QemuWorld(setup, short_dir) as world:
+        primary, standby = world.clients[0, Side.PRIMARY], world.clients[0, Side.STANDBY]
+        primary.trim(100, 1000)
+        expected[100:1100] = bytes(1000)
+        assert primary.pread(0, 1 << 20) == expected
+        standby.trim(0, 1 << 20)  # not even stage none is asked
+        world.peer.qmp.execute(*COMMANDS[Verb.START])
+        primary.trim(200_000, 100_000)
+        standby.trim(0, 1 << 20)
+        assert primary.pread(0, 1 << 20) == expected
+        assert standby.pread(0, 1 << 20) == expected
