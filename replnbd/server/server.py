@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -38,7 +39,9 @@ class NbdServer:
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
         self._bus = bus
-        self._connections_max = connections_max
+        # Clients must not use up the descriptors that images and checkpoints need.
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._connections_max = min(connections_max, descriptors * 3 // 4)
         self._handshake_timeout_s = handshake_timeout_s
         self._exports: dict[str, Export] = {}
         self._listeners: list[tuple[asyncio.AbstractServer, BoundSocket]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import resource
 import struct
 from pathlib import Path
 
@@ -29,10 +30,12 @@ from server_wire import (
     request,
     serving,
     settled,
+    uri,
 )
 
 from replnbd.block import MemoryNode
-from replnbd.server import Export
+from replnbd.events import EventBus
+from replnbd.server import Export, NbdServer
 from replnbd.server.negotiation import Negotiation
 
 SIZE = 1 << 20
@@ -242,6 +245,25 @@ async def test_a_client_too_many_is_refused_until_another_leaves(short_dir: Path
         await check_healthy(short_dir, "e", node)
         await serving_clients[1].close()
         await haggling.close()
+
+
+@on_both_loops
+async def test_clients_leave_a_quarter_of_the_descriptors_to_the_disks(short_dir: Path) -> None:
+    node = MemoryNode(SIZE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard))
+    try:
+        server = NbdServer(EventBus())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    server.add_export(Export("e", node))
+    await server.listen(uri(short_dir))
+    clients = [await RawClient.open(short_dir, "e") for _ in range(6)]
+    refused = await RawClient.connect(short_dir)
+    assert await refused.at_end()
+    for client in (refused, *clients):
+        await client.close()
+    await server.close()
 
 
 @on_both_loops
