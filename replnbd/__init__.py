@@ -13,6 +13,40 @@ The rooms of this package, top to bottom; imports point down only (`lint-imports
     block         the one BlockNode interface; file and memory nodes; range lock
     nbd           the protocol without I/O
     events, errors
+
+As a library: `Standby` runs a standby inside an asyncio program, `create_image` and `open_image`
+work on disk images; see examples/.
 """
 
-__version__ = "0.1.0"
+from replnbd.block import BlockNode, Extent, read_bytes
+from replnbd.daemon import DiskConfig, Standby, load_config, open_image
+from replnbd.errors import (
+    ConfigError,
+    ControlError,
+    ImageError,
+    ImageUnsupportedError,
+    ProtocolError,
+    ReplnbdError,
+    StateError,
+)
+from replnbd.qcow2 import create_image
+from replnbd.version import __version__
+
+__all__ = [
+    "BlockNode",
+    "ConfigError",
+    "ControlError",
+    "DiskConfig",
+    "Extent",
+    "ImageError",
+    "ImageUnsupportedError",
+    "ProtocolError",
+    "ReplnbdError",
+    "Standby",
+    "StateError",
+    "__version__",
+    "create_image",
+    "load_config",
+    "open_image",
+    "read_bytes",
+]

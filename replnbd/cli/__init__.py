@@ -16,9 +16,9 @@ import sys
 
 import click
 
-from replnbd import __version__
 from replnbd.cli import commands, image, serve
 from replnbd.errors import ReplnbdError
+from replnbd.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

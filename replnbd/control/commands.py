@@ -12,10 +12,10 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
-from replnbd import __version__
 from replnbd.control.backend import Backend, JsonObject
 from replnbd.control.schema import Argument
 from replnbd.errors import ControlError
+from replnbd.version import __version__
 
 Arguments = dict[str, Any]
 Handler = Callable[[Backend, Arguments], Awaitable[Any]]

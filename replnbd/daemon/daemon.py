@@ -8,7 +8,6 @@ import os
 from collections.abc import Coroutine
 from typing import Any
 
-from replnbd import __version__
 from replnbd.block import BlockNode
 from replnbd.control import ControlServer
 from replnbd.daemon.config import Config
@@ -19,6 +18,7 @@ from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
 from replnbd.replication import Group, StandbyDisk
 from replnbd.server import Export, NbdServer
+from replnbd.version import __version__
 
 log = logging.getLogger(__name__)
 
