@@ -94,6 +94,7 @@ class Connection(asyncio.BufferedProtocol):
         self._write_paused = False
         self._reading_paused = False
         self._peer_done = False
+        self._in_batch = False
         self._in_flight = InFlight(self._completed)
         self._linger: asyncio.TimerHandle | None = None
         # Buffers
@@ -153,14 +154,16 @@ class Connection(asyncio.BufferedProtocol):
     # Section: ending
 
     def finish(self) -> None:
-        """Parse nothing more, answer what is in flight, then close. Returns at once."""
+        """Parse nothing more, answer what is in flight, then close. Returns at once.
+
+        May be called from within an operation of the batch that is running."""
         if self.state is State.SERVING:
             self.state = State.DRAINING
             self._hold = True
             self._inbox.drop_everything()
             if self._reading_paused and not self._transport.is_closing():
                 self._transport.resume_reading()  # to hear the client hang up
-            if not self._in_flight.count:
+            if not self._in_flight.count and not self._in_batch:
                 self._close()
 
     def abort(self) -> None:
@@ -210,6 +213,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _run(self) -> None:
         """One batch: run all complete requests, send their replies, get ready to receive."""
+        self._in_batch = True
         self._outbox.begin()
         complete = self._inbox.take_payload()
         if complete is not None:
@@ -219,7 +223,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._inbox.payload is None:
             self._parse()
         self._outbox.flush()
+        self._in_batch = False
         if self.state is not State.SERVING:
+            if self.state is State.DRAINING and not self._in_flight.count:
+                self._close()
             return
         if self._hold:
             if not self._reading_paused and not self._transport.is_closing():

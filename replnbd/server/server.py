@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from replnbd.errors import StateError
 from replnbd.events import EventBus
@@ -89,14 +89,16 @@ class NbdServer:
         del self._exports[name]
         await self._disconnect(export)
 
-    async def fence(self, name: str, reason: str) -> None:
+    def fence(self, name: str, reason: str) -> Coroutine[Any, Any, None]:
         """Refuse an export to everyone until `unfence`: new clients are told `reason`, present
-        ones are disconnected. When this returns no operation of theirs is in flight, and none
-        begins; their last replies may still be on their way.
+        ones are disconnected.
+
+        At once: when this call returns, no operation of its clients begins any more. Await the
+        result for those in flight to end; last replies may be on their way even then.
         """
         export = self._find(name)
         export.refusal = reason
-        await self._disconnect(export)
+        return self._disconnect(export)
 
     def unfence(self, name: str) -> None:
         """Let clients use the export again."""
@@ -108,12 +110,11 @@ class NbdServer:
         except KeyError:
             raise StateError(f"Export '{name}' is not found") from None
 
-    async def _disconnect(self, export: Export) -> None:
+    def _disconnect(self, export: Export) -> Coroutine[Any, Any, None]:
         leaving = [each for each in self._connections if each.export is export]
         for connection in leaving:
             connection.finish()
-        for connection in leaving:
-            await connection.wait_idle()
+        return _all_idle(leaving)
 
     # Section: ExportDirectory, for the handshake
 
@@ -220,6 +221,11 @@ class _Refusal(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
+
+
+async def _all_idle(connections: Iterable[Connection]) -> None:
+    for connection in connections:
+        await connection.wait_idle()
 
 
 async def _all_closed(connections: Iterable[Connection], timeout_s: float) -> bool:

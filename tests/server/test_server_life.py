@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from server_wire import (
@@ -91,6 +93,35 @@ async def test_a_fence_drops_what_was_received_but_not_begun(short_dir: Path) ->
         await client.close()
 
 
+@pytest.mark.parametrize("suspends", [False, True])
+@on_both_loops
+async def test_a_fence_raised_from_within_a_write_lets_no_other_begin(
+    short_dir: Path, suspends: bool
+) -> None:
+    class Fencing(MemoryNode):
+        calls = 0
+
+        async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+            self.calls += 1
+            fenced.append(server.fence("e", "why"))
+            if suspends:
+                await asyncio.sleep(0)
+
+    node = Fencing(SIZE)
+    fenced: list[Coroutine[Any, Any, None]] = []
+    async with serving(short_dir, Export("e", node)) as server:
+        client = await RawClient.open(short_dir, "e")
+        writes = [request(WRITE, 0, 1, cookie=cookie) + b"x" for cookie in range(10)]
+        client.send(b"".join([request(READ, 0, 5, cookie=99), *writes]))
+        assert await client.reply(5) == (0, 99, bytes(5))
+        assert await client.reply() == (0, 0, b"")
+        assert await client.at_end()
+        assert node.calls == 1
+        for each in fenced:
+            await each
+        await client.close()
+
+
 @on_both_loops
 async def test_a_fence_waits_for_the_writes_of_a_client_that_has_vanished(short_dir: Path) -> None:
     node = GatedNode(SIZE)
@@ -152,9 +183,10 @@ async def test_unknown_and_taken_export_names_are_refused_in_qemu_s_words(short_
     async with serving(short_dir, Export("e", MemoryNode(SIZE))) as server:
         with pytest.raises(StateError, match="NBD server already has export named 'e'"):
             server.add_export(Export("e", MemoryNode(1)))
-        for action in (server.remove_export("x"), server.fence("x", "why")):
-            with pytest.raises(StateError, match="Export 'x' is not found"):
-                await action
+        with pytest.raises(StateError, match="Export 'x' is not found"):
+            await server.remove_export("x")
+        with pytest.raises(StateError, match="Export 'x' is not found"):
+            await server.fence("x", "why")
         with pytest.raises(StateError, match="Export 'x' is not found"):
             server.unfence("x")
 
