@@ -33,6 +33,7 @@ any order, so refcounts may be behind the entries they count.
     entries, header, format         what bytes mean, and which are wrong
 """
 
+from replnbd.qcow2.check import CheckReport, check_image, repair_image
 from replnbd.qcow2.create import create_image, create_qcow2
 from replnbd.qcow2.format import read_header
 from replnbd.qcow2.header import Header
@@ -40,10 +41,13 @@ from replnbd.qcow2.image import Qcow2Node
 from replnbd.qcow2.open import open_qcow2
 
 __all__ = [
+    "CheckReport",
     "Header",
     "Qcow2Node",
+    "check_image",
     "create_image",
     "create_qcow2",
     "open_qcow2",
     "read_header",
+    "repair_image",
 ]

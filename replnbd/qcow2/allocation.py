@@ -148,12 +148,13 @@ class Allocator:
     @property
     def idle(self) -> bool:
         """Refcounts on disk are exact: nothing to give back."""
-        return self._next == self._run_end and not self.released
+        return self._next == self._run_end and not self.released and not self.refcounts.orphaned
 
     @property
     def spare_clusters(self) -> int:
         """Clusters that are counted on disk and hold nothing."""
-        return self._run_end - self._next + sum(count for _, count in self.released)
+        waiting = self.released + self.refcounts.orphaned
+        return self._run_end - self._next + sum(count for _, count in waiting)
 
     async def settle(self) -> None:
         """Give back what was released."""
@@ -176,6 +177,8 @@ class Allocator:
             await self._settle()
 
     async def _settle(self) -> None:
+        self.released += self.refcounts.orphaned
+        self.refcounts.orphaned.clear()
         released, self.released = self.released, []
         runs = _merge(released)
         while runs:

@@ -121,17 +121,34 @@ async def _recount(image: Image) -> None:
         if describes not in wanted:
             wanted.add(describes)
             pending.append(describes)
-    await _drop_blocks(image, wanted)
-    refcounts.forget()
-    for index in wanted:
-        block = RefcountBlock(bytes(host.cluster_size), refcounts.bits)
-        for cluster in used:
-            if cluster // refcounts.block_entries == index:
-                block.set_run(cluster % refcounts.block_entries, 1, 1)
-        await host.file.pwrite(refcounts.table[index], block.encode())
-    refcounts.used = len(used)
-    host.metadata = {cluster << host.cluster_bits for cluster in used}
+    # From here on nobody may give back what was taken or released before: its refcounts are not
+    # what the allocator thinks. If a store fails, what is not recounted has leaked, until the
+    # next make_empty recounts everything again.
     allocator.forget(0)
+    host.metadata = {cluster << host.cluster_bits for cluster in used}
+    try:
+        await _drop_blocks(image, wanted)
+        await _store_blocks(image, wanted, used)
+    except OSError:
+        refcounts.forget()
+        await refcounts.count_used()
+        raise
+    refcounts.used = len(used)
+
+
+async def _store_blocks(image: Image, wanted: set[int], used: set[int]) -> None:
+    """Store the blocks in `wanted` with refcount 1 for the clusters in `used`, and 0 else."""
+    assert image.allocator is not None
+    refcounts = image.allocator.refcounts
+    blocks = {
+        index: RefcountBlock(bytes(image.shape.cluster_size), refcounts.bits) for index in wanted
+    }
+    for cluster in used:
+        index, inside = divmod(cluster, refcounts.block_entries)
+        blocks[index].set_run(inside, 1, 1)
+    refcounts.forget()
+    for index, block in blocks.items():
+        await image.file.pwrite(refcounts.table[index], block.encode())
 
 
 def _structures(image: Image) -> list[int]:

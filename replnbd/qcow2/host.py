@@ -41,7 +41,9 @@ class HostFile:
         "version",
     )
 
-    def __init__(self, file: BlockNode, path: str, header: Header, *, read_only: bool) -> None:
+    def __init__(
+        self, file: BlockNode, path: str, header: Header, file_size: int, *, read_only: bool
+    ) -> None:
         self.file = file
         self.path = path
         self.read_only = read_only
@@ -50,7 +52,7 @@ class HostFile:
         self.cluster_size = header.cluster_size
         self.incompatible_features = header.incompatible_features
         self.corrupt = header.corrupt
-        self.end = -(-file.size // header.cluster_size) * header.cluster_size
+        self.end = -(-file_size // header.cluster_size) * header.cluster_size
         """No cluster in use begins here or later; a multiple of the cluster size."""
         self.metadata: set[int] = set()
         """Host offsets of the clusters that hold metadata, and never a guest's data."""

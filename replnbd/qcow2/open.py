@@ -54,9 +54,10 @@ async def open_qcow2(
         raise ImageError(
             f"{path}: the image has a backing file ({header.backing_file!r}), and none was given"
         )
+    file_size = file.size
     if not read_only:
-        header = await _prepare_writing(file, path, header)
-    host = HostFile(file, path, header, read_only=read_only)
+        header, file_size = await _prepare_writing(file, path, header)
+    host = HostFile(file, path, header, file_size, read_only=read_only)
     shape = Shape(header)
     l1 = await read_l1(host, header.l1_table_offset, header.l1_size)
     _guard_tables(host, l1)
@@ -69,8 +70,10 @@ async def open_qcow2(
     return Qcow2Node(image, header, name or file.name)
 
 
-async def _prepare_writing(file: BlockNode, path: str, header: Header) -> Header:
-    """Refuse what must not be written to, repair what is dirty, clear unknown autoclear bits."""
+async def _prepare_writing(file: BlockNode, path: str, header: Header) -> tuple[Header, int]:
+    """Refuse what must not be written to, repair what is dirty, clear unknown autoclear bits.
+    Returns the header and the size of the file, which a repair may have changed."""
+    file_size = file.size
     if header.corrupt:
         raise ImageError(
             f"{path}: the image is marked corrupt and can only be opened read-only; "
@@ -85,12 +88,13 @@ async def _prepare_writing(file: BlockNode, path: str, header: Header) -> Header
         from replnbd.qcow2.check import repair_refcounts
 
         log.warning("%s: the image was not closed properly: repairing its refcounts", path)
-        await repair_refcounts(file, header)
-        header = await read_header(file)
+        report = await repair_refcounts(file, header)
+        file_size = max(file_size, report.image_end_offset)
+        header = await read_header(file, file_size=file_size)
     if header.autoclear_features:
         # "an autoclear bit ... must be cleared" by who writes and does not know it: we know none.
         await file.pwrite(OFFSET_AUTOCLEAR_FEATURES, struct.pack(">Q", 0))
-    return header
+    return header, file_size
 
 
 def _guard_tables(host: HostFile, l1: array[int]) -> None:

@@ -132,6 +132,7 @@ class Refcounts:
         "bits",
         "block_entries",
         "host",
+        "orphaned",
         "table",
         "table_offset",
         "used",
@@ -147,6 +148,8 @@ class Refcounts:
         self.table_offset = header.refcount_table_offset
         self.used = 0
         """Host clusters with a refcount other than 0."""
+        self.orphaned: list[tuple[int, int]] = []
+        """(cluster, count) of tables that were replaced: for the allocator to give back."""
         self._blocks: dict[int, RefcountBlock] = {}
         self._blocks_max = max(2, _CACHE_BYTES // host.cluster_size)
 
@@ -276,7 +279,7 @@ class Refcounts:
         host.end = max(host.end, table_offset + clusters * size)
         host.unmark(*old)
         host.mark(start, (blocks + clusters) * size)
-        await self._free_old_table(*old)
+        self.orphaned.append((old[0] // size, old[1] // size))
 
     async def _restore_header(self, offset: int, length: int) -> None:
         host = self.host
@@ -289,21 +292,10 @@ class Refcounts:
                 f"the header could not be written ({exc}) while the refcount table moved"
             )
 
-    async def _free_old_table(self, offset: int, length: int) -> None:
-        cluster = offset // self.host.cluster_size
-        count = length // self.host.cluster_size
-        while count:
-            part = min(count, self.block_entries - cluster % self.block_entries)
-            try:
-                await self.set_run(cluster, part, 0)
-            except OSError:
-                return  # a leak: the table that counts has moved already
-            cluster += part
-            count -= part
-
     def forget(self) -> None:
         """Drop the cached blocks: their contents on disk were changed past this object."""
         self._blocks.clear()
+        self.orphaned.clear()
 
     async def count_used(self) -> None:
         """Find `used` by reading all blocks."""

@@ -59,7 +59,10 @@ def qemu_img(
 ) -> subprocess.CompletedProcess[str]:
     """Run qemu-img; the exit code must be one of `ok`."""
     done = subprocess.run(
-        ["qemu-img", *map(os.fspath, arguments)], capture_output=True, text=True, check=False
+        ["qemu-img", *(os.fspath(a) for a in arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode in ok, (arguments, done.returncode, done.stdout + done.stderr)
     return done
