@@ -40,6 +40,9 @@ def main() -> None:
     """Entry point of the `replnbd` command."""
     try:
         cli.main(prog_name="replnbd", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        exc.show()
+        sys.exit(2)
     except click.UsageError as exc:
         name = exc.ctx.command_path if exc.ctx is not None else "replnbd"
         _fail(f"{name}: {exc.format_message()} (see '{name} --help')", 2)
