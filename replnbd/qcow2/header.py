@@ -15,7 +15,7 @@ Nothing here does I/O or runs per request: construct is for headers alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from construct import Aligned, Bytes, GreedyBytes, Int32ub, Int64ub, Prefixed, Struct
 
@@ -319,8 +319,3 @@ def build_header(header: Header) -> bytes:
         room = header.header_length - HEADER_LENGTH_V3_MIN
         parts.append(more[:room].ljust(room, b"\0"))
     return b"".join((*parts, extensions, name))
-
-
-def with_features(header: Header, *, set_: int = 0, clear: int = 0) -> Header:
-    """The header with incompatible feature bits changed; bytes on disk are the caller's part."""
-    return replace(header, incompatible_features=(header.incompatible_features | set_) & ~clear)

@@ -39,7 +39,7 @@ ALL = [*VARIANTS, *COMPRESSED]
 
 
 def run(*arguments: str | Path, ok: tuple[int, ...] = (0,)) -> str:
-    """Run a program of QEMU's and return what it prints; its exit code must be one of `ok`."""
+    """Run a program and return what it prints; its exit code must be one of `ok`."""
     words = [os.fspath(argument) for argument in arguments]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode in ok, (words, done.returncode, done.stdout + done.stderr)

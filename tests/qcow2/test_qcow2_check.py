@@ -35,7 +35,13 @@ from replnbd.qcow2.check import (
     repair_leaks,
     repair_refcounts,
 )
-from replnbd.qcow2.format import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
+from replnbd.qcow2.format import (
+    AUTOCLEAR_BITMAPS,
+    EXTENSION_BITMAPS,
+    INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DIRTY,
+    HeaderExtension,
+)
 
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 COPIED = 1 << 63
@@ -474,6 +480,24 @@ async def test_lost_refcounts_are_rebuilt(cluster_size: int, refcount_bits: int)
     assert await content_of(file.data) == content
 
 
+async def test_a_refcount_table_that_is_too_small_grows() -> None:
+    file = MemoryNode()
+    await create_qcow2(file, 4 * MIB, cluster_size=512, refcount_bits=64)
+    image = await open_qcow2(file)
+    await image.pwrite(0, random.Random(3).randbytes(3 * MIB))
+    await image.close()
+    header = await read_header(file)
+    assert header.refcount_table_clusters > 1  # one describes 2 MiB
+    content = await content_of(file.data)
+    struct.pack_into(">I", file.data, 56, 1)
+    repaired = await repair_image(file, await read_header(file))
+    assert repaired.clean, repaired.findings
+    header = await read_header(file)
+    assert header.refcount_table_clusters > 1
+    assert (await check_image(file, header)).clean
+    assert await content_of(file.data) == content
+
+
 async def test_a_repair_cut_short_anywhere_is_finished_by_the_next() -> None:
     data, content = await without_refcounts(512, 64)
     for count in range(10_000):
@@ -569,6 +593,38 @@ async def test_a_snapshot_table_that_does_not_end_is_corruption() -> None:
     header = replace(places.header, nb_snapshots=65536, snapshots_offset=len(data) - 65536)
     found = await check_image(memory_of(data), header)
     assert any("the snapshot table does not end in snapshot 0" in f for f in found.findings)
+
+
+BITMAP_DAMAGES: list[tuple[str, int, int]] = [
+    # What a finding says; then an offset in the directory, where a word is changed to this.
+    ("bitmap 0: table at 0x200 is not at the start of a cluster", 0, 512),
+    ("bitmap 0: table: 8 bytes at 0x10000000000 are past the end", 0, 1 << 40),
+    ("bitmap 0: table at 0x80000 has 4294967295 entries", 8, 0xFFFFFFFF_00000002),
+    ("the bitmap directory (32 bytes) ends before bitmap 0", 16, 0x0110_FFFF_00000000),
+    ("bitmap 0: entry 0 (0x4) has reserved bits set", 65536, 4),
+    ("bitmap 0: data: 65536 bytes at 0x30000 overlap an L1 table", 65536, 0x30000),
+]
+
+
+@pytest.mark.parametrize(("finding", "place", "value"), BITMAP_DAMAGES)
+async def test_bitmaps_are_counted_and_their_damage_is_found(
+    finding: str, place: int, value: int
+) -> None:
+    data, at = await small_image()
+    data.extend(bytes(max(0, 0x60000 - len(data))))
+    directory, table = len(data), len(data) + 65536
+    entry = struct.pack(">QIIBBHI", table, 1, 2, 1, 16, 4, 0) + b"dirt"
+    data.extend(entry.ljust(65536, b"\0"))
+    data.extend(bytes(65536))
+    extension = HeaderExtension(EXTENSION_BITMAPS, struct.pack(">IIQQ", 1, 0, 32, directory))
+    header = replace(at.header, extensions=(extension,), autoclear_features=AUTOCLEAR_BITMAPS)
+    for offset in (directory, table):
+        put_refcount(data, at, offset, 1)
+    assert (await check_image(memory_of(data), header)).clean
+    put(data, directory + place, value)
+    found = await check_image(memory_of(data), header)
+    assert found.corruptions
+    assert any(finding in line for line in found.findings), found.findings
 
 
 @pytest.mark.interop
