@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from server_wire import (
     DISC,
+    FLUSH,
     READ,
     WRITE,
     GatedNode,
@@ -20,7 +22,12 @@ from server_wire import (
 
 from replnbd.block import MemoryNode
 from replnbd.server import Export, NbdServer
-from replnbd.server.connection import PACKED_READ_MAX, UNSENT_BYTES_MAX, Connection
+from replnbd.server.connection import (
+    BATCH_REQUESTS_MAX,
+    PACKED_READ_MAX,
+    UNSENT_BYTES_MAX,
+    Connection,
+)
 from replnbd.server.operations import IN_FLIGHT_BYTES_MAX, IN_FLIGHT_MAX
 from replnbd.server.slabs import INBOX_BYTES, OUTBOX_BYTES
 
@@ -178,6 +185,20 @@ async def test_the_largest_requests_that_share_buffers_fill_them_exactly(short_d
             for _ in range(3):
                 assert await client.reply() == (0, length, b"")
             assert node.data[5 : 5 + length] == payload
+        await client.close()
+
+
+@on_both_loops
+async def test_more_requests_at_once_than_a_turn_of_the_loop_may_take_are_all_answered(
+    short_dir: Path,
+) -> None:
+    async with serving(short_dir, Export("e", MemoryNode(MIB))):
+        client = await RawClient.open(short_dir, "e")
+        total = 20 * BATCH_REQUESTS_MAX
+        commands = (FLUSH, READ, WRITE, 99)
+        client.send(b"".join(request(commands[n % 4], cookie=n) for n in range(total)))
+        for n in range(total):
+            assert await client.reply() == (errno.EINVAL if n % 4 == 3 else 0, n, b"")
         await client.close()
 
 
