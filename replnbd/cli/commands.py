@@ -30,7 +30,7 @@ _POLL_S = 0.2
 @click.command()
 @control
 def start(control: str) -> None:
-    """Start replication on all disks, with a first checkpoint."""
+    """Start replication, with a first checkpoint."""
     with ControlClient(control) as client:
         client.execute("xen-set-replication", enable=True, primary=False)
         _say_stages(client)
@@ -39,7 +39,10 @@ def start(control: str) -> None:
 @click.command()
 @control
 def checkpoint(control: str) -> None:
-    """Move the standby's view of all disks on to now; its own writes are dropped."""
+    """Move the standby's view on to now.
+
+    On all disks; what the standby wrote since the last checkpoint is dropped.
+    """
     with ControlClient(control) as client:
         client.execute("xen-colo-do-checkpoint")
         for disk in client.execute("x-replnbd-status")["disks"]:
@@ -49,7 +52,10 @@ def checkpoint(control: str) -> None:
 @click.command()
 @control
 def stop(control: str) -> None:
-    """Stop replication: each disk is the primary's latest, both overlays are emptied."""
+    """Stop replication.
+
+    Each disk is the primary's latest then, and both overlays are empty.
+    """
     with ControlClient(control) as client:
         client.execute("xen-set-replication", enable=False, primary=False)
         _say_stages(client)
@@ -59,7 +65,9 @@ def stop(control: str) -> None:
 @control
 @click.option("--wait", is_flag=True, help="Wait until all is committed, with a progress bar.")
 def failover(control: str, wait: bool) -> None:
-    """Fence the primary and make the standby's view the disk, on all disks.
+    """Make the standby's view the disk.
+
+    On all disks, and the primary is fenced: its connections end, new ones are refused.
 
     The view can be used all the while; the commit goes on in the background. After a failed
     commit, the same command tries it again.
@@ -75,7 +83,10 @@ def failover(control: str, wait: bool) -> None:
 @control
 @click.option("--force", is_flag=True, help="Even if overlays hold data that is in no disk.")
 def reset(control: str, force: bool) -> None:
-    """Back to stage 'none' with empty overlays and no fence, to be replicated again."""
+    """Make ready for replication again.
+
+    Back to stage 'none', with empty overlays and no fence.
+    """
     with ControlClient(control) as client:
         client.execute("x-replnbd-reset", force=force)
         _say_stages(client)
@@ -87,7 +98,10 @@ def reset(control: str, force: bool) -> None:
 @click.option("--watch", is_flag=True, help="Redraw in place, until interrupted.")
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, help="Seconds, with --watch.")
 def status(control: str, as_json: bool, watch: bool, interval: float) -> None:
-    """Show every disk: stage, checkpoint, what the overlays hold, connections."""
+    """Show every disk.
+
+    Its stage, its checkpoint, what the overlays hold, and who is connected.
+    """
     with ControlClient(control) as client:
 
         def ask() -> dict[str, Any]:
@@ -116,7 +130,7 @@ def status(control: str, as_json: bool, watch: bool, interval: float) -> None:
 @control
 @as_json
 def jobs(control: str, as_json: bool) -> None:
-    """List the jobs: backup (copy-before-write) and commit, with their progress."""
+    """List the jobs and their progress."""
     with ControlClient(control) as client:
         listed = client.execute("query-jobs")
     show.json(listed) if as_json else show.jobs(listed)

@@ -71,7 +71,10 @@ def create(
     version: int,
     refcount_bits: int,
 ) -> None:
-    """Create an empty image FILE of SIZE bytes (suffixes K, M, G, T, P)."""
+    """Create an empty image.
+
+    SIZE in bytes, or with a suffix K, M, G, T, P.
+    """
 
     async def run() -> int:
         disk_size = size
@@ -116,7 +119,10 @@ def info(file: str, as_json: bool, force_share: bool) -> None:
     help="Give leaked clusters back, or put all right that can be.",
 )  # fmt: skip
 def check(file: str, as_json: bool, force_share: bool, repair: str | None) -> None:
-    """Check an image's metadata; exit code 1 if something is wrong and has not been repaired."""
+    """Check an image's metadata.
+
+    Exit code 1 if something is wrong and has not been repaired.
+    """
     if repair and force_share:
         raise click.UsageError("--repair needs the image for itself: no --force-share")
 
@@ -151,7 +157,7 @@ def check(file: str, as_json: bool, force_share: bool, repair: str | None) -> No
 @as_json
 @force_share
 def map_(file: str, as_json: bool, force_share: bool) -> None:
-    """Show where each byte of an image is: its own, its backing file's, or nowhere."""
+    """Show where each byte of an image is."""
 
     async def run(node: FileNode, header: Header) -> list[MapEntry]:
         return [entry async for entry in map_image(node, header)]

@@ -31,7 +31,10 @@ log_level = click.option(
 @click.argument("config", type=click.Path(path_type=Path))
 @log_level
 def serve(config: Path, log_level: str) -> None:
-    """Run the daemon from the TOML file CONFIG until SIGTERM, SIGINT or QMP 'quit'."""
+    """Run the daemon from a configuration.
+
+    CONFIG is a TOML file. The daemon stays in the foreground until SIGTERM, SIGINT or QMP 'quit'.
+    """
     loaded = load_config(config)
     set_up_logging(log_level)
     run(loaded)
@@ -68,7 +71,10 @@ def secondary(
     start: bool,
     log_level: str,
 ) -> None:
-    """Run a daemon for one secondary disk, without a configuration file."""
+    """Run the daemon for one secondary disk.
+
+    All is said by options; relative paths are from the working directory.
+    """
     name = name or Path(disk).name.partition(".")[0]
     table = DiskConfig(
         name=name,
