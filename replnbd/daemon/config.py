@@ -23,7 +23,7 @@ def default_control() -> str:
     """Where the QMP socket is unless somebody says so: $REPLNBD_CONTROL, or in /run for root and
     in the user's own run directory for others. The clients' default, too."""
     if path := os.environ.get("REPLNBD_CONTROL"):
-        return path
+        return os.path.abspath(path)
     if os.geteuid() == 0:
         return "/run/replnbd/qmp.sock"
     run_directory = os.environ.get("XDG_RUNTIME_DIR") or os.path.expanduser("~/.cache")
@@ -31,6 +31,7 @@ def default_control() -> str:
 
 
 _NAME_MAX = 4096  # NBD's bound on an export name (proto.md, "Values"); QEMU's, too
+_IMAGES = ("secondary", "hidden", "active")
 
 
 class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -83,7 +84,8 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"{path}: not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:
+        # TOMLDecodeError, and what Python says to 5,000 digits or 5,000 brackets.
         raise ConfigError(f"{path}: not valid TOML: {exc}") from exc
     try:
         config = msgspec.convert(tables, Config)
@@ -101,11 +103,14 @@ def check_config(config: Config, directory: Path) -> Config:
     """Check what types cannot say, fill in defaults, make paths absolute from `directory`."""
     server = config.server
     if server.control is not None:
+        if not server.control or "\0" in server.control:
+            raise ConfigError("[server] key 'control': needs the path of a socket")
         server.control = str(directory / server.control)
     server.listen = [_absolute_socket(uri, directory) for uri in server.listen]
     if not config.disk:
         raise ConfigError("no [[disk]] table: nothing to serve")
     taken: dict[str, str] = {}
+    files: dict[str, str] = {}
     for number, disk in enumerate(config.disk, 1):
         where = f"[[disk]] {number} ('{disk.name}')"
         try:
@@ -117,6 +122,11 @@ def check_config(config: Config, directory: Path) -> Config:
                 raise ConfigError(f"{where} key '{key}': '{name}' is also {taken[name]}")
             if name is not None:
                 taken[name] = f"the {key} of [[disk]] {number}"
+        for key in _IMAGES:
+            file = os.path.normpath(getattr(disk, key))
+            if file in files:
+                raise ConfigError(f"{where} key '{key}': {file} is also {files[file]}")
+            files[file] = f"the {key} of [[disk]] {number}"
     return config
 
 
@@ -144,12 +154,8 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
         raise ConfigError("key 'mode': mode = \"primary\" is not available yet")
     if not disk.top_id:
         raise ConfigError("key 'top-id': Missing the option top-id")
-    for key in ("name", "top_id"):
-        value = getattr(disk, key)
-        if len(value.encode()) > _NAME_MAX or "\0" in value:
-            raise ConfigError(
-                f"key '{key.replace('_', '-')}': longer than {_NAME_MAX} bytes, or has a NUL"
-            )
+    _check_export_name("name", disk.name)
+    _check_export_name("top-id", disk.top_id)
     for key in ("disk", "to", "sync"):
         if getattr(disk, key) is not None:
             raise ConfigError(f"key '{key}' belongs to mode = \"primary\"")
@@ -160,24 +166,49 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
     disk.hidden = disk.hidden or f"{disk.secondary}.hidden.qcow2"
     disk.active = disk.active or f"{disk.secondary}.active.qcow2"
     disk.format = disk.secondary_format  # type: ignore[assignment]
-    for key in ("secondary", "hidden", "active"):
-        setattr(disk, key, str(directory / getattr(disk, key)))
+    for key in _IMAGES:
+        path = getattr(disk, key)
+        if "\0" in path:
+            raise ConfigError(f"key '{key}': a path cannot have a NUL")
+        setattr(disk, key, str(directory / path))
+
+
+def _check_export_name(key: str, name: str) -> None:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:  # taken from the name of a file, whose bytes may be anything
+        raise ConfigError(f"key '{key}': not UTF-8") from None
+    if length > _NAME_MAX or "\0" in name:
+        raise ConfigError(f"key '{key}': longer than {_NAME_MAX} bytes, or has a NUL")
 
 
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
-_TOML_TYPES = {"str": "string", "int": "integer", "bool": "boolean", "null": "nothing"}
+_CHOICES = {"format": "raw or qcow2", "durability": "process or power"}
+_TOML_TYPES = {
+    "str": "string",
+    "int": "integer",
+    "bool": "boolean",
+    "null": "nothing",
+    "object": "table",
+}
 
 
 def _place(text: str) -> str:
     """msgspec's "Expected `str`, got `int` - at `$.disk[0].name`" in the words of TOML."""
     match = _PLACE.match(text)
     assert match is not None
-    what = re.sub(r"`(\w+)( \| null)?`", lambda m: _TOML_TYPES.get(m[1], m[0]), match["what"])
+    what = re.sub(
+        r"(Expected|got) `(\w+)( \| null)?`",
+        lambda m: f"{m[1]} {_TOML_TYPES.get(m[2], m[2])}",
+        match["what"],
+    )
     what = what.replace("Object contains unknown field", "unknown key")
     what = what.replace("Object missing required field", "missing key")
     what = what.replace("Expected", "expected", 1).replace("Invalid", "invalid", 1)
     path = match["path"] or ""
     table, _, key = path.partition(".")
+    if what.startswith("invalid enum value"):
+        what += f", expected {_CHOICES[key]}"
     table = re.sub(r"^disk\[(\d+)\]$", lambda m: f"[[disk]] {int(m[1]) + 1}", table)
     if table and not table.startswith("["):
         table = f"[{table}]"
