@@ -126,6 +126,7 @@ async def _recount(image: Image) -> None:
     # next make_empty recounts everything again.
     allocator.forget(0)
     host.metadata = {cluster << host.cluster_bits for cluster in used}
+    host.tables.clear()
     try:
         await _drop_blocks(image, wanted)
         await _store_blocks(image, wanted, used)

@@ -38,6 +38,7 @@ class HostFile:
         "metadata",
         "path",
         "read_only",
+        "tables",
         "version",
     )
 
@@ -56,6 +57,9 @@ class HostFile:
         """No cluster in use begins here or later; a multiple of the cluster size."""
         self.metadata: set[int] = set()
         """Host offsets of the clusters that hold metadata, and never a guest's data."""
+        self.tables: set[int] = set()
+        """Those of them that are sound L2 tables of the active L1 table; all, if they are not
+        too many (see open.py)."""
         self.lock = asyncio.Lock()
         """Held while L1, L2 tables, refcounts or the header are changed."""
         self.mark(0, 1)
@@ -70,7 +74,9 @@ class HostFile:
     def unmark(self, offset: int, length: int) -> None:
         """The clusters of these bytes hold metadata no more."""
         size = self.cluster_size
-        self.metadata.difference_update(range(offset & -size, offset + length, size))
+        clusters = range(offset & -size, offset + length, size)
+        self.metadata.difference_update(clusters)
+        self.tables.difference_update(clusters)
 
     def check_writable(self) -> None:
         """OSError if the image must not be changed: EROFS read-only, EIO found corrupt."""

@@ -46,6 +46,12 @@ class ClusterSource(Protocol):
     def release(self, offset: int, count: int) -> None: ...
 
 
+class StoreLostError(OSError):
+    """A store of L2 entries failed, and so did storing the old ones again: the file may have
+    either. Clusters that the new ones point to must stay allocated, or after the next start the
+    file might refer to free ones."""
+
+
 def words_of(data: bytes | bytearray) -> Words:
     """Big-endian 64-bit words as an array of native ones."""
     words = array("Q")
@@ -101,7 +107,7 @@ class Mapping:
         # Eight at least: what a handful of requests in flight use at the same time.
         self._limit = max(8, cache_bytes // (shape.slice_bytes + _SLICE_OVERHEAD))
         self._loading: dict[int, asyncio.Future[None] | None] = {}
-        self._pinned: dict[int, int] = {}
+        self._pinned = -1
 
     # Lookup
 
@@ -185,6 +191,8 @@ class Mapping:
         table = l1_entry & OFFSET_MASK
         if fault is None and table >= self.host.end:
             fault = "points beyond the end of the file"
+        elif fault is None and table in self.host.metadata and table not in self.host.tables:
+            fault = "points to other metadata"
         if fault is not None:
             raise await self.host.corruption(f"L1 entry {l1_index} ({l1_entry:#018x}) {fault}")
         return table
@@ -193,7 +201,7 @@ class Mapping:
         slices = self.slices
         if len(slices) >= self._limit:
             for victim in slices:
-                if victim not in self._pinned:
+                if victim != self._pinned:
                     del slices[victim]
                     break
         slices[number] = words
@@ -203,8 +211,8 @@ class Mapping:
     async def store(self, cluster: int, entries: Sequence[tuple[int, int]]) -> None:
         """Change the entries of consecutive clusters, all in one slice, with one pwrite.
 
-        Creates or copies the L2 table if it must. If this fails, memory is as before; call
-        `restore` to learn whether the file is too.
+        Creates or copies the L2 table if it must. If this fails, memory is as before, and the
+        file is too, or else the error is a StoreLostError.
         """
         host = self.host
         await host.lock.acquire()
@@ -222,63 +230,47 @@ class Mapping:
         words = self.slices.get(number) or await self.load(number)
         assert words is not None
         index = (cluster & shape.slice_mask) << shape.entry_shift
-        if len(entries) > 1:
-            new = array("Q")
+        if len(entries) == 1:
+            single = shape.encode(*entries[0])
+            data = _pack_pair(*single) if shape.extended else _pack_word(*single)
+        else:
+            run = array("Q")
             for descriptor, bitmap in entries:
-                new.extend(shape.encode(descriptor, bitmap))
-            data = bytes_of(new)
-        elif shape.extended:
-            data = _pack_pair(*shape.encode(*entries[0]))
-        else:
-            data = _pack_word(*shape.encode(*entries[0]))
-        pinned = self._pinned
-        pinned[number] = pinned.get(number, 0) + 1
+                run.extend(shape.encode(descriptor, bitmap))
+            data = bytes_of(run)
+        place = table + (number & (shape.table_slices - 1)) * shape.slice_bytes + index * 8
+        # Under the lock, so this is the only store: the one slice that must not be dropped.
+        self._pinned = number
         try:
-            await self.host.file.pwrite(self._place(table, number, index), data)
+            await self.host.file.pwrite(place, data)
+        except OSError as exc:
+            old = words[index : index + (len(entries) << shape.entry_shift)]
+            await self._restore(place, old, exc)
+            raise
         finally:
-            pinned[number] -= 1
-            if not pinned[number]:
-                del pinned[number]
+            self._pinned = -1
         if len(entries) > 1:
-            words[index : index + len(new)] = new
-        elif shape.extended:
-            words[index], words[index + 1] = shape.encode(*entries[0])
+            words[index : index + len(run)] = run
         else:
-            (words[index],) = shape.encode(*entries[0])
+            words[index] = single[0]
+            if shape.extended:
+                words[index + 1] = single[1]
 
-    async def restore(self, cluster: int, count: int) -> bool:
-        """After a failed `store`: write the old entries again. Whether the file has them now.
-
-        If it has not, clusters that the new entries pointed to must stay allocated: the file may
-        refer to them after the next start.
-        """
-        shape = self.shape
-        async with self.host.lock:
-            l1_entry = self.l1[cluster >> shape.l1_shift]
-            if not l1_entry or not l1_entry & COPIED:
-                return True  # the store did not get as far as the entries
-            number = cluster >> shape.slice_bits
-            try:
-                words = await self.load(number)
-                assert words is not None
-                index = (cluster & shape.slice_mask) << shape.entry_shift
-                data = bytes_of(words[index : index + (count << shape.entry_shift)])
-                place = self._place(l1_entry & OFFSET_MASK, number, index)
-                await self.host.file.pwrite(place, data)
-            except OSError:
-                return False
-        return True
-
-    def _place(self, table: int, number: int, index: int) -> int:
-        shape = self.shape
-        return table + (number & (shape.table_slices - 1)) * shape.slice_bytes + index * 8
+    async def _restore(self, place: int, old: Words, cause: OSError) -> None:
+        """Make the file again what memory says, after a store that may have reached it."""
+        try:
+            await self.host.file.pwrite(place, bytes_of(old))
+        except OSError:
+            raise StoreLostError(cause.errno, cause.strerror) from cause
 
     async def _own_table(self, l1_index: int) -> int:
         """The offset of an L2 table that is ours alone to change: made or copied if need be."""
         l1_entry = self.l1[l1_index]
-        if l1_entry & COPIED:
-            return await self._table_offset(l1_index, l1_entry)
         host = self.host
+        if l1_entry & COPIED:
+            if l1_entry ^ COPIED in host.tables:
+                return l1_entry ^ COPIED
+            return await self._table_offset(l1_index, l1_entry)
         size = self.shape.cluster_size
         if l1_entry:
             old = await self._table_offset(l1_index, l1_entry)
@@ -293,7 +285,8 @@ class Mapping:
             self.allocator.release(table, 1)
             raise
         await self._store_l1(l1_index, table)
-        host.mark(table, size)
+        host.metadata.add(table)
+        host.tables.add(table)
         if old:
             self.allocator.release(old, 1)
         return table

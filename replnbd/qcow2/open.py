@@ -60,7 +60,7 @@ async def open_qcow2(
     host = HostFile(file, path, header, file_size, read_only=read_only)
     shape = Shape(header)
     l1 = await read_l1(host, header.l1_table_offset, header.l1_size)
-    _guard_tables(host, l1)
+    _guard_tables(host, shape, l1)
     mapping = Mapping(host, shape, l1, header.l1_table_offset, cache_bytes)
     allocator = None
     if not read_only:
@@ -97,7 +97,12 @@ async def _prepare_writing(file: BlockNode, path: str, header: Header) -> tuple[
     return header, file_size
 
 
-def _guard_tables(host: HostFile, l1: array[int]) -> None:
-    tables = len(l1) - l1.count(0)
-    if 0 < tables <= _TABLES_GUARDED_MAX:
-        host.metadata.update(entry & OFFSET_MASK for entry in l1 if entry)
+def _guard_tables(host: HostFile, shape: Shape, l1: array[int]) -> None:
+    if len(l1) - l1.count(0) > _TABLES_GUARDED_MAX:
+        return
+    # What is wrong with the others is found, and told, when they are needed.
+    host.tables.update(
+        entry & OFFSET_MASK for entry in l1 if entry and shape.l1_fault(entry) is None
+    )
+    host.tables -= host.metadata
+    host.metadata |= host.tables

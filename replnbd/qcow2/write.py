@@ -18,6 +18,7 @@ import logging
 from replnbd.block import Buffer, read_bytes
 from replnbd.qcow2.compressed import read_compressed
 from replnbd.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO_SHIFT
+from replnbd.qcow2.mapping import StoreLostError
 from replnbd.qcow2.state import Image
 
 log = logging.getLogger(__name__)
@@ -30,12 +31,53 @@ _JOIN_MAX = 1 << 20
 
 async def write_range(image: Image, offset: int, data: Buffer) -> None:
     """Store `data` at a guest offset; the caller holds the range exclusively."""
+    if await _write_whole_subclusters(image, offset, data):
+        return
     view = memoryview(data)
     while view:
         done = await _write_some(image, offset, view)
         offset += done
         view = view[done:]
     await settle_if_crowded(image)
+
+
+async def _write_whole_subclusters(image: Image, offset: int, data: Buffer) -> bool:
+    """Do a write that needs nothing copied, within one cluster, if this is one.
+
+    The first touch of a cluster or subcluster, what copy-before-write and fresh overlays live on:
+    4 µs and the two stores, against 6 µs on the way that can do everything.
+    """
+    shape = image.shape
+    inside = offset & shape.cluster_mask
+    end = inside + len(data)
+    if end > shape.cluster_size or (inside | end) & (shape.sub_size - 1):
+        return False
+    mapping = image.mapping
+    cluster = offset >> shape.cluster_bits
+    descriptor, bitmap = await mapping.entry(cluster)
+    host = descriptor & OFFSET_MASK
+    allocator = image.allocator
+    assert allocator is not None
+    if not descriptor:
+        host, _ = await allocator.allocate(1)
+    elif descriptor & COMPRESSED or not (host and descriptor & COPIED):
+        return False
+    try:
+        await image.file.pwrite(host + inside, data)
+    except OSError:
+        if not descriptor:
+            allocator.release(host, 1)
+        raise
+    mask = (2 << ((end - 1) >> shape.sub_bits)) - (1 << (inside >> shape.sub_bits))
+    new = host | COPIED, (bitmap | mask) & ~(mask << ZERO_SHIFT)
+    if new[1] != bitmap or not descriptor:
+        try:
+            await mapping.store(cluster, (new,))
+        except OSError as exc:
+            if not descriptor and not isinstance(exc, StoreLostError):
+                allocator.release(host, 1)
+            raise
+    return True
 
 
 async def settle_if_crowded(image: Image) -> None:
@@ -156,8 +198,8 @@ async def _store_run(
     cluster = (base >> shape.cluster_bits) + first
     try:
         await image.mapping.store(cluster, new[first : last + 1])
-    except OSError:
-        if await image.mapping.restore(cluster, last + 1 - first) and fresh:
+    except OSError as exc:
+        if fresh and not isinstance(exc, StoreLostError):
             _take_back(image, host, len(entries))
         raise
 
@@ -195,8 +237,8 @@ async def replace_cluster(
         raise
     try:
         await image.mapping.store(cluster, ((host | COPIED, bitmap),))
-    except OSError:
-        if await image.mapping.restore(cluster, 1):
+    except OSError as exc:
+        if not isinstance(exc, StoreLostError):
             _take_back(image, host, 1)
         raise
     release_host(image, descriptor)

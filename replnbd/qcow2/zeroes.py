@@ -156,11 +156,7 @@ async def _body(image: Image, offset: int, end: int, *, unmap: bool, clear: bool
     if changed_first < 0:
         return
     changed = new[changed_first : changed_last + 1]
-    try:
-        await image.mapping.store(cluster + changed_first, changed)
-    except OSError:
-        await image.mapping.restore(cluster + changed_first, len(changed))
-        raise
+    await image.mapping.store(cluster + changed_first, changed)
     for descriptor in freed:
         release_host(image, descriptor)
 
