@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 
@@ -34,7 +35,14 @@ def run(config: Config, *, start: bool = False) -> None:
     if control is not None and control == default_control():
         # Nobody else makes the default's directory; one that was asked for must be there.
         os.makedirs(os.path.dirname(control), mode=0o700, exist_ok=True)
+    _raise_descriptor_limit()
     uvloop.run(_serve(config, start))
+
+
+def _raise_descriptor_limit() -> None:
+    """Clients are capped by the soft limit (1024 by tradition); the hard one is what is meant."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(config: Config, start: bool) -> None:

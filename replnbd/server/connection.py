@@ -32,30 +32,17 @@ from replnbd.nbd import (
 from replnbd.nbd import constants as c
 from replnbd.nbd.constants import CMD_READ, CMD_WRITE, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC
 from replnbd.server.export import Export
+from replnbd.server.limits import (
+    BATCH_REQUESTS_MAX,
+    LINGER_S,
+    PACKED_READ_MAX,
+    UNSENT_BYTES_MAX,
+    WHOLE_PAYLOAD_MAX,
+)
 from replnbd.server.operations import InFlight, Request, operation
-from replnbd.server.slabs import OUTBOX_BYTES, Inbox, Outbox, Pool, Slab
+from replnbd.server.slabs import Inbox, Outbox, Pool, Slab
 
 log = logging.getLogger(__name__)
-
-# What one peer can make us hold: IN_FLIGHT_BYTES_MAX and one payload in operations, as much
-# again in their replies, UNSENT_BYTES_MAX and one payload in the transport, and the slabs that
-# IN_FLIGHT_MAX small operations pin at worst (one each, if everything between them was quick).
-
-UNSENT_BYTES_MAX = 2 << 20
-"""Reply bytes that the peer has not read, before we stop reading from it."""
-
-BATCH_REQUESTS_MAX = 1024
-"""Requests run in one turn of the loop: some 3 ms, then other connections have theirs."""
-
-WHOLE_PAYLOAD_MAX = 32 * 1024
-"""A WRITE up to this waits in the inbox until its payload is complete (and may be moved there,
-at 20 GB/s); a larger one gets a buffer of its own."""
-
-PACKED_READ_MAX = OUTBOX_BYTES // 4
-"""A READ up to this has its reply packed into the outbox; a larger one gets a buffer."""
-
-LINGER_S = 10.0
-"""How long the peer has to read its last replies and to hang up."""
 
 
 class State(Enum):
@@ -357,23 +344,19 @@ class Connection(asyncio.BufferedProtocol):
             self.export.stats.count(request.command, 1, request.length)
             if reply is None:
                 self._put(0, request.cookie)
-                self._give_back(slab)
+                self._pool.give(slab)
             else:
                 self._send(reply, request.cookie, slab)
         except (Exception, asyncio.CancelledError) as exc:
             error = self.export.failed(exc, request.command, request.flags, self._bus)
             self._put(error, request.cookie)
-            self._give_back(slab)
+            self._pool.give(slab)
         else:
             self._carry(running, waiting, request, reply, slab)
 
     def _send(self, reply: memoryview, cookie: int, slab: Slab | None) -> None:
         pack_simple_reply_into(reply, 0, SIMPLE_REPLY_MAGIC, 0, cookie)
-        self._outbox.send(reply, slab if slab is not None and slab.pooled else None)
-
-    def _give_back(self, slab: Slab | None) -> None:
-        if slab is not None and slab.pooled:
-            self._pool.give(slab)
+        self._outbox.send(reply, slab)
 
     # Section: operations that have suspended
 
@@ -381,12 +364,10 @@ class Connection(asyncio.BufferedProtocol):
         self,
         running: Coroutine[Any, Any, None],
         waiting: Any,  # noqa: ANN401 - what the loop's futures yield
-        request: Request,
-        reply: memoryview | None,
-        slab: Slab | None,
+        *used: *tuple[Request, memoryview | None, Slab | None],
     ) -> None:
-        """Let a task carry on an operation that uses `slab`; `reply` is a READ's place."""
-        self._in_flight.carry(running, waiting, request, reply, slab)
+        """Let a task carry on an operation: its request, a READ's place, the slab it uses."""
+        self._in_flight.carry(running, waiting, *used)
         if self._in_flight.full:
             self._hold = True
 
@@ -407,7 +388,7 @@ class Connection(asyncio.BufferedProtocol):
         if alive and reply is not None and not error:
             self._send(reply, request.cookie, slab)
         else:
-            self._give_back(slab)
+            self._pool.give(slab)
             if alive:
                 self._transport.write(pack_simple_reply(error, request.cookie))
         if not self._in_flight.count:

@@ -9,14 +9,9 @@ from typing import Any, NamedTuple
 from replnbd.block import BlockNode, Buffer
 from replnbd.nbd import SIMPLE_REPLY_SIZE
 from replnbd.nbd import constants as c
+from replnbd.server.limits import IN_FLIGHT_BYTES_MAX, IN_FLIGHT_MAX
 from replnbd.server.resume import carry_on
 from replnbd.server.slabs import Slab
-
-IN_FLIGHT_MAX = 128
-"""Suspended operations of one connection: the Linux client's queue depth. QEMU allows 16."""
-
-IN_FLIGHT_BYTES_MAX = c.PAYLOAD_BYTES_MAX
-"""Payload bytes of suspended operations: at least one of the largest must fit."""
 
 
 class Request(NamedTuple):

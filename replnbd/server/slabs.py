@@ -59,8 +59,11 @@ class Pool:
         self._bytes -= rounded
         return free.pop()
 
-    def give(self, slab: Slab) -> None:
-        """Nobody uses `slab` any more, and nobody will."""
+    def give(self, slab: Slab | None) -> None:
+        """Nobody uses `slab` any more, and nobody will. One that did not come from here, or none
+        at all, is nothing to take back."""
+        if slab is None or not slab.pooled:
+            return
         assert not slab.users
         size = len(slab.buffer)
         if self._bytes + size > POOL_BYTES_MAX:
@@ -199,10 +202,10 @@ class Outbox:
             self._start = at
 
     def send(self, reply: memoryview, slab: Slab | None) -> None:
-        """Write a reply that lies elsewhere; its slab, if it has one, goes back to the pool."""
+        """Write a reply that lies elsewhere; its slab goes back to the pool when it is sent."""
         self.flush()  # any order will do, but the order of requests is nicest
         self._transport.write(reply)
-        if slab is not None:
+        if slab is not None and slab.pooled:
             self._sent.append(slab)
 
     def _recycle(self) -> None:

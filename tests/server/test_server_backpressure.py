@@ -22,13 +22,14 @@ from server_wire import (
 
 from replnbd.block import MemoryNode
 from replnbd.server import Export, NbdServer
-from replnbd.server.connection import (
+from replnbd.server.connection import Connection
+from replnbd.server.limits import (
     BATCH_REQUESTS_MAX,
+    IN_FLIGHT_BYTES_MAX,
+    IN_FLIGHT_MAX,
     PACKED_READ_MAX,
     UNSENT_BYTES_MAX,
-    Connection,
 )
-from replnbd.server.operations import IN_FLIGHT_BYTES_MAX, IN_FLIGHT_MAX
 from replnbd.server.slabs import INBOX_BYTES, OUTBOX_BYTES
 
 MIB = 1 << 20

@@ -184,7 +184,7 @@ def test_a_pool_keeps_no_more_than_its_limit_and_forgets_sizes_out_of_use() -> N
     for slab in old:
         pool.give(slab)
     assert pool.take(8 << 20) in old
-    pool.give(Slab(8 << 20))
+    pool.give(Slab(8 << 20, pooled=True))
     new = pool.take(1 << 20)
     pool.give(new)
     assert pool.take(8 << 20) not in old

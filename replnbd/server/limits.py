@@ -1,0 +1,33 @@
+"""Limits: what one peer can make a connection hold, and how long.
+
+At worst: IN_FLIGHT_BYTES_MAX and one payload in operations, as much again in their replies,
+UNSENT_BYTES_MAX and one payload in the transport, and the slabs that IN_FLIGHT_MAX small operations
+pin (one each, if everything between them was quick).
+"""
+
+from __future__ import annotations
+
+from replnbd.nbd import constants as c
+from replnbd.server.slabs import OUTBOX_BYTES
+
+IN_FLIGHT_MAX = 128
+"""Suspended operations of one connection: the Linux client's queue depth. QEMU allows 16."""
+
+IN_FLIGHT_BYTES_MAX = c.PAYLOAD_BYTES_MAX
+"""Payload bytes of suspended operations: at least one of the largest must fit."""
+
+UNSENT_BYTES_MAX = 2 << 20
+"""Reply bytes that the peer has not read, before we stop reading from it."""
+
+BATCH_REQUESTS_MAX = 1024
+"""Requests run in one turn of the loop: some 3 ms, then other connections have theirs."""
+
+WHOLE_PAYLOAD_MAX = 32 * 1024
+"""A WRITE up to this waits in the inbox until its payload is complete (and may be moved there,
+at 20 GB/s); a larger one gets a buffer of its own."""
+
+PACKED_READ_MAX = OUTBOX_BYTES // 4
+"""A READ up to this has its reply packed into the outbox; a larger one gets a buffer."""
+
+LINGER_S = 10.0
+"""How long the peer has to read its last replies and to hang up."""
