@@ -9,7 +9,7 @@ from pathlib import Path
 
 from replnbd.block import BlockNode, FileNode
 from replnbd.daemon.config import DiskConfig
-from replnbd.errors import ConfigError
+from replnbd.errors import ConfigError, ImageUnsupportedError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
 from replnbd.qcow2 import Qcow2Node, create_image, open_qcow2
@@ -112,6 +112,11 @@ async def _open_overlay(
     overlay = await open_image(path, format="qcow2", backing=backing, name=name)
     undo.push_async_callback(overlay.close)
     assert isinstance(overlay, Qcow2Node)
+    if count := overlay.header.nb_snapshots:
+        raise ImageUnsupportedError(
+            f"{path}: an overlay cannot have internal snapshots, and this one has {count}: remove"
+            " them with: qemu-img snapshot -d"
+        )
     if overlay.header.backing_file is None:
         overlay.backing = None  # `start` refuses it, as QEMU does
     elif not _same_file(overlay.header.backing_file, path, backing_path):

@@ -6,11 +6,13 @@
     Process        a child process that is always killed, with its stderr in every failure
     QemuSecondary  QEMU 7.2 with its own replication filter: the oracle
     ReplnbdDaemon  `replnbd serve` on a configuration of the test
+    run_replnbd    any `replnbd` command, run to its end
 
 Everything here is synchronous and takes deadlines in seconds; nothing imports replnbd, so that
 what judges the code shares none of it.
 """
 
+from peers.command import REPLNBD, Done, fingerprints, refusal, run_replnbd
 from peers.disk import Disk, DiskFormat, qemu_img
 from peers.nbd_client import NbdClient, NbdExport, NbdReplyError, list_exports
 from peers.process import PeerError, Process, wait_until
@@ -19,9 +21,11 @@ from peers.qmp_client import Answer, QmpClient
 from peers.replnbd import ReplnbdDaemon, ReplnbdDisk
 
 __all__ = [
+    "REPLNBD",
     "Answer",
     "Disk",
     "DiskFormat",
+    "Done",
     "NbdClient",
     "NbdExport",
     "NbdReplyError",
@@ -32,7 +36,10 @@ __all__ = [
     "QmpClient",
     "ReplnbdDaemon",
     "ReplnbdDisk",
+    "fingerprints",
     "list_exports",
     "qemu_img",
+    "refusal",
+    "run_replnbd",
     "wait_until",
 ]
