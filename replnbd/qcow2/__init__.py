@@ -21,7 +21,7 @@ Laws.
 5. A request costs the same whatever the size of the disk; memory is bounded by the cache.
 
 Power failure: what was flushed is there. Between two flushes the file system may keep stores in
-any order, so refcounts may be behind the entries they count.
+any order, so refcounts may be behind the entries they count: `open_qcow2(dirty_bit=True)`.
 
     open, create, check, inspect    what one calls
     image                           the node: fast paths, range lock

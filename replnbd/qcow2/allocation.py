@@ -8,13 +8,14 @@ it is a leak, which harms nothing and any check repairs.
 Laws.
 1. A cluster's refcount is on disk before its first use.
 2. Clusters are released only when nothing on disk refers to them. Released clusters wait in a list
-   until there are many, or somebody flushes, or needs space: then runs of neighbours are punched
-   out of the file and their refcounts stored with one pwrite each.
+   until there are many, or somebody flushes: then runs of neighbours are punched out of the file
+   and their refcounts stored with one pwrite each.
 3. What could not be given back because of an I/O error stays in the list, for the next time.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 
@@ -36,6 +37,7 @@ class Allocator:
 
     __slots__ = (
         "_can_punch",
+        "_leaving",
         "_next",
         "_run_clusters",
         "_run_end",
@@ -43,6 +45,7 @@ class Allocator:
         "host",
         "refcounts",
         "released",
+        "settling",
     )
 
     def __init__(self, host: HostFile, refcounts: Refcounts) -> None:
@@ -57,7 +60,11 @@ class Allocator:
         """No host cluster before this one is free."""
         self.released: list[tuple[int, int]] = []
         """(cluster, count): references that are gone, still counted on disk."""
+        self._leaving: list[tuple[int, int]] = []
+        """What `settle` is giving back, or could not."""
         self._can_punch = True
+        self.settling = asyncio.Lock()
+        """Held by who gives back; taken before HostFile.lock."""
 
     # Taking
 
@@ -81,8 +88,6 @@ class Allocator:
         return first << self.host.cluster_bits, number
 
     async def _take_run(self, wanted: int) -> None:
-        if self.released:
-            await self._settle()
         cluster, count = await self._find(wanted)
         await self._claim(cluster, count)
         self._next = cluster
@@ -115,7 +120,6 @@ class Allocator:
         refcounts = self.refcounts
         if count >= refcounts.block_entries:
             return None
-        await self._settle()
         start = self.hint
         while True:
             cluster, found = await refcounts.find_free(start, count)
@@ -148,51 +152,73 @@ class Allocator:
     @property
     def idle(self) -> bool:
         """Refcounts on disk are exact: nothing to give back."""
-        return self._next == self._run_end and not self.released and not self.refcounts.orphaned
+        waiting = self.released or self._leaving or self.refcounts.orphaned
+        return self._next == self._run_end and not waiting
 
     @property
     def spare_clusters(self) -> int:
         """Clusters that are counted on disk and hold nothing."""
-        waiting = self.released + self.refcounts.orphaned
+        waiting = self.released + self._leaving + self.refcounts.orphaned
         return self._run_end - self._next + sum(count for _, count in waiting)
 
-    async def settle(self) -> None:
-        """Give back what was released."""
-        async with self.host.lock:
-            await self._settle()
+    async def settle(self, *, with_run: bool = False) -> None:
+        """Give back what was released; `with_run`: the rest of the run as well, so that the
+        refcounts on disk are exact."""
+        async with self.settling:
+            async with self.host.lock:
+                if with_run:
+                    await self._give_back_run()
+                self._leaving = _merge(self._leaving + self.released + self.refcounts.orphaned)
+                self.released = []
+                self.refcounts.orphaned.clear()
+                holes = await self._holes()
+            # Their refcounts say that they are in use, so nobody can take them meanwhile; and
+            # without the lock, requests need not wait while the file system frees blocks.
+            for cluster, count in holes:
+                await self._punch(cluster, count)
+            async with self.host.lock:
+                await self._drop_leaving()
 
-    async def give_back(self) -> None:
-        """Give back what was released and the rest of the run: refcounts on disk are exact."""
-        async with self.host.lock:
-            first, count = self._next, self._run_end - self._next
-            if count:
-                # Out of sight first: nobody may take them while their refcounts are stored.
-                self._next = self._run_end
-                try:
-                    await self.refcounts.set_run(first, count, 0)
-                except OSError:
-                    self.released.append((first, count))
-                    raise
-                self.hint = min(self.hint, first)
-            await self._settle()
+    async def _give_back_run(self) -> None:
+        first, count = self._next, self._run_end - self._next
+        if count:
+            # Out of sight first: nobody may take them while their refcounts are stored.
+            self._next = self._run_end
+            try:
+                await self.refcounts.set_run(first, count, 0)
+            except OSError:
+                self.released.append((first, count))
+                raise
+            self.hint = min(self.hint, first)
 
-    async def _settle(self) -> None:
-        self.released += self.refcounts.orphaned
-        self.refcounts.orphaned.clear()
-        released, self.released = self.released, []
-        runs = _merge(released)
-        while runs:
-            cluster, count = runs.pop()
+    async def _holes(self) -> list[tuple[int, int]]:
+        """The runs among those that leave which nothing else refers to."""
+        if not self._can_punch:
+            return []
+        holes: list[tuple[int, int]] = []
+        for first, count in self._leaving:
+            for cluster in range(first, first + count):
+                if await self.refcounts.get(cluster) == 1:
+                    if holes and sum(holes[-1]) == cluster:
+                        holes[-1] = (holes[-1][0], holes[-1][1] + 1)
+                    else:
+                        holes.append((cluster, 1))
+        return holes
+
+    async def _drop_leaving(self) -> None:
+        leaving = self._leaving
+        while leaving:
+            cluster, count = leaving[-1]
             try:
                 done = await self._drop_some(cluster, count)
             except OSError:
-                # Back into the list, but for what a corrupt image says is free already.
-                self.released += runs
-                if not self.host.corrupt:
-                    self.released.append((cluster, count))
+                if self.host.corrupt:
+                    leaving.pop()  # free already, says the image: do not fail again and again
                 raise
             if done < count:
-                runs.append((cluster + done, count - done))
+                leaving[-1] = (cluster + done, count - done)
+            else:
+                leaving.pop()
 
     async def _drop_some(self, cluster: int, count: int) -> int:
         """Take one reference from each of the first clusters of a run, as many as have the same
@@ -209,8 +235,6 @@ class Allocator:
         length = 1
         while length < count and await refcounts.get(cluster + length) == value:
             length += 1
-        if value == 1:
-            await self._punch(cluster, length)
         await refcounts.set_run(cluster, length, value - 1)
         if value == 1:
             self.hint = min(self.hint, cluster)
@@ -235,6 +259,7 @@ class Allocator:
         """All refcounts were rewritten (make_empty); nothing is reserved or released any more."""
         self._next = self._run_end = 0
         self.released = []
+        self._leaving = []
         self.hint = hint
 
 

@@ -31,7 +31,7 @@ _PAGE = 4096
 async def make_empty(image: Image) -> None:
     """Empty an image; the caller holds everything exclusively."""
     assert image.allocator is not None
-    async with image.host.lock:
+    async with image.allocator.settling, image.host.lock:
         moved = await _clear_l1(image)
         await _recount(image)
         if moved:

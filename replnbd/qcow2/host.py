@@ -17,6 +17,7 @@ import struct
 from replnbd.block import BlockNode
 from replnbd.qcow2.format import (
     INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DIRTY,
     OFFSET_INCOMPATIBLE_FEATURES,
     Header,
 )
@@ -101,6 +102,19 @@ class HostFile:
                 except OSError as exc:
                     log.warning("%s: cannot set the corrupt bit: %s", self.path, exc)
         return OSError(errno.EIO, f"{self.path}: image is corrupt: {what}")
+
+    async def mark_dirty(self) -> None:
+        """Make it durable that refcounts may be behind from now on."""
+        self.incompatible_features |= INCOMPATIBLE_DIRTY
+        await self.store_features()
+        await self.file.flush()
+
+    async def mark_clean(self) -> None:
+        """The inverse, at the end: refcounts are exact and durable."""
+        if self.incompatible_features & INCOMPATIBLE_DIRTY and not self.corrupt:
+            self.incompatible_features &= ~INCOMPATIBLE_DIRTY
+            await self.store_features()
+            await self.file.flush()
 
     async def store_features(self) -> None:
         """Write the incompatible feature bits: eight bytes, in place."""

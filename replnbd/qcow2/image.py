@@ -2,7 +2,8 @@
 
 Requests are kept apart by a range lock at cluster granularity: reads shared, changes exclusive.
 So a cluster's entry does not change under whoever holds its range, and no cluster is given to
-another guest offset while somebody reads it. Lock order: range, then HostFile.lock.
+another guest offset while somebody reads it. Lock order: range, then Allocator.settling,
+then HostFile.lock.
 
 The fast paths are the requests that need no metadata: reads of allocated or unallocated
 subclusters and rewrites in place, within one cluster. They repeat what `Mapping.entry` and
@@ -149,7 +150,7 @@ class Qcow2Node(OverlayNode):
     async def flush(self) -> None:
         allocator = self._image.allocator
         if allocator is not None and not allocator.idle and not self._host.corrupt:
-            await allocator.give_back()
+            await allocator.settle(with_run=True)
         await self.file.flush()
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
@@ -165,6 +166,7 @@ class Qcow2Node(OverlayNode):
         try:
             if not self._host.read_only:
                 await self.flush()
+                await self._host.mark_clean()
         finally:
             self._ranges.release(key)
             await self.file.close()

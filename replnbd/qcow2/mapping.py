@@ -233,6 +233,9 @@ class Mapping:
         if len(entries) == 1:
             single = shape.encode(*entries[0])
             data = _pack_pair(*single) if shape.extended else _pack_word(*single)
+        elif entries.count(entries[0]) == len(entries):
+            run = array("Q", shape.encode(*entries[0])) * len(entries)
+            data = bytes_of(run)
         else:
             run = array("Q")
             for descriptor, bitmap in entries:

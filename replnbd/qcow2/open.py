@@ -39,11 +39,17 @@ async def open_qcow2(
     read_only: bool = False,
     name: str = "",
     cache_bytes: int = CACHE_BYTES,
+    dirty_bit: bool = False,
 ) -> Qcow2Node:
     """Open the qcow2 image in `file`. The node owns `file` from then on, but not `backing`.
 
     `backing` is what unallocated ranges show. It is never opened from the name in the header
     (CVE-2024-4467): the caller decides, and `Qcow2Node.header.backing_file` informs.
+
+    `dirty_bit` is for disks that must survive a power failure: the image is marked dirty, durably,
+    while it is open for writing, so that whoever opens it after an untimely end (replnbd or QEMU)
+    first rebuilds its refcounts. Without it they are exact after the death of the process, but
+    after a power failure may be behind the entries they count. Version 2 has no such bit.
 
     Raises ImageError if the image is malformed, or has a backing file and no `backing` is given,
     or cannot be trusted for writing; ImageUnsupportedError if it needs what replnbd does not have.
@@ -66,6 +72,8 @@ async def open_qcow2(
     if not read_only:
         allocator = Allocator(host, await load_refcounts(host, header))
         mapping.allocator = allocator
+        if dirty_bit and header.version >= 3:
+            await host.mark_dirty()
     image = Image(host, header, mapping, allocator, backing)
     return Qcow2Node(image, header, name or file.name)
 

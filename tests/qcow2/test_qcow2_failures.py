@@ -37,7 +37,7 @@ async def test_a_failed_request_harms_nothing(shape: Shape, torn: str) -> None:
     world = await World.create(file, shape.size, seed, backing=shape.backing)
     failures = 0
     empty_failed = False
-    for nth in range(1, 60):
+    for nth in range(1, 40):
         operation, offset, length = world.choose()
         data = world.rng.randbytes(length)
         after = world.expected(operation, offset, length, data)
@@ -63,7 +63,7 @@ async def test_a_failed_request_harms_nothing(shape: Shape, torn: str) -> None:
         if failed and nth % 3 == 0:
             corruptions, _ = await findings(memory)
             assert corruptions == 0
-    assert failures > 4
+    assert failures > 2
     if not empty_failed:
         await world.node.flush()
         assert await findings(memory) == (0, 0)
@@ -83,7 +83,7 @@ async def test_a_failed_request_harms_nothing(shape: Shape, torn: str) -> None:
 async def test_a_disk_that_is_gone_for_good_leaves_a_sound_image(shape: Shape) -> None:
     """Every operation fails from some point on, as when the cable is pulled: what the file has
     then is an image without corruption, and each byte old or new."""
-    for nth in range(1, 18):
+    for nth in range(1, 12):
         memory = await make_image(shape)
         file = Failing(memory)
         world = await World.create(file, shape.size, nth, backing=shape.backing)
@@ -111,14 +111,11 @@ async def test_flush_tries_again_what_could_not_be_given_back() -> None:
     world = await World.create(file, shape.size, 1, backing=True)
     await world.node.pwrite(0, bytes(range(256)) * 4096)
     await world.node.drop(0, 1 << 20)
-    failures = 0
-    for nth in range(1, 7):
+    # The rest of the run is the first store; two holes are punched before the next one.
+    for nth in (1, 3):
         file.arm(nth, errno.EIO, "none")
-        try:
+        with pytest.raises(OSError, match="Input/output"):
             await world.node.flush()
-        except OSError:
-            failures += 1
         file.disarm()
-    assert failures > 1
     await world.node.flush()
     assert await findings(memory) == (0, 0)

@@ -176,6 +176,31 @@ async def test_a_dirty_image_is_repaired_when_opened_for_writing(tmp_path: Path)
     assert raw.read_bytes() == b"\7" * mib + b"\5" * mib + b"\x09" * mib + bytes(mib)
 
 
+async def test_the_dirty_bit_is_on_disk_while_the_image_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "4M")
+    node = await open_qcow2(FileNode.open(path), dirty_bit=True)
+    await node.pwrite(0, b"x" * 65536)
+    await node.flush()
+    assert path.read_bytes()[79] & 1
+    qemu_img("check", "-q", "-U", path)
+    # As a power failure might leave it: the entries are there, the refcounts are not.
+    survivor = tmp_path / "survivor.qcow2"
+    content = bytearray(path.read_bytes())
+    table = int.from_bytes(content[48:56], "big")
+    block = int.from_bytes(content[table : table + 8], "big")
+    content[block + 8 : block + 32] = bytes(24)
+    survivor.write_bytes(content)
+    await node.close()
+    assert not path.read_bytes()[79] & 1
+    qemu_img("check", "-q", path)
+    node = await open_qcow2(FileNode.open(survivor))
+    await node.pwrite(1 << 20, b"y" * 65536)
+    assert await read_bytes(node, 0, 65536) == b"x" * 65536
+    await node.close()
+    qemu_img("check", "-q", survivor)
+
+
 async def test_a_backing_file_is_never_opened_from_the_header(tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     name = 'json:{"driver":"nbd","host":"example.org"}'
