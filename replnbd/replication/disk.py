@@ -116,6 +116,15 @@ class StandbyDisk:
         if not self.active.size == self.hidden.size == self.secondary.size:
             raise StateError("Active disk, hidden disk, secondary disk's length are not the same")
 
+        # QEMU's filter empties them here. But what an overlay holds before a start is of a run that
+        # did not end well: a daemon stopped in the middle of a commit, say.
+        held = self.uncommitted_bytes()
+        if held:
+            raise StateError(
+                f"the overlays of '{self.name}' hold {held} bytes of an earlier run, which a start"
+                " would lose: 'reset' with force drops them, 'qemu-img commit' keeps them"
+            )
+
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
         """Nothing is in flight on this disk, and nothing begins, within the block."""
