@@ -112,6 +112,11 @@ async def _open_overlay(
     overlay = await open_image(path, format="qcow2", backing=backing, name=name)
     undo.push_async_callback(overlay.close)
     assert isinstance(overlay, Qcow2Node)
+    if overlay.header.nb_snapshots:
+        raise ImageUnsupportedError(
+            f"{path}: nb_snapshots is {overlay.header.nb_snapshots}: an overlay with internal"
+            " snapshots cannot be emptied; remove them with: qemu-img snapshot -d"
+        )
     if count := overlay.header.nb_snapshots:
         raise ImageUnsupportedError(
             f"{path}: an overlay cannot have internal snapshots, and this one has {count}: remove"

@@ -26,7 +26,7 @@ from contextlib import asynccontextmanager
 
 from replnbd.block import BlockNode, OverlayNode, RangeLock
 from replnbd.block.range_lock import EVERYTHING
-from replnbd.errors import ImageUnsupportedError, StateError
+from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.filters import CopyBeforeWrite
 from replnbd.jobs import BackupJob, CommitJob, Job, JobRegistry
@@ -143,8 +143,6 @@ class StandbyDisk:
         for overlay in (self.active, self.hidden):
             try:
                 await overlay.make_empty()
-            except ImageUnsupportedError as exc:
-                raise StateError("Active disk or hidden disk doesn't support make_empty") from exc
             except OSError as exc:
                 self.error = f"Failed to empty {overlay.name}: {exc.strerror}"
                 raise StateError(self.error) from exc
