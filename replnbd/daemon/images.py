@@ -46,7 +46,11 @@ async def open_image(
     if format == "raw":
         return file
     try:
-        return await open_qcow2(file, backing=backing, read_only=read_only, name=name)
+        # A disk must survive a power failure; what an overlay holds is only worth something
+        # together with the process (durability "process").
+        return await open_qcow2(
+            file, backing=backing, read_only=read_only, name=name, dirty_bit=backing is None
+        )
     except BaseException:
         await file.close()
         raise

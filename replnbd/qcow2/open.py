@@ -9,6 +9,7 @@ from array import array
 from replnbd.block import BlockNode
 from replnbd.errors import ImageError, ImageUnsupportedError
 from replnbd.qcow2.allocation import Allocator
+from replnbd.qcow2.check import repair_refcounts
 from replnbd.qcow2.entries import OFFSET_MASK, Shape
 from replnbd.qcow2.format import (
     AUTOCLEAR_BITMAPS,
@@ -93,8 +94,6 @@ async def _prepare_writing(file: BlockNode, path: str, header: Header) -> tuple[
             "writing would make wrong; remove them with: qemu-img bitmap --remove"
         )
     if header.dirty:
-        from replnbd.qcow2.check import repair_refcounts
-
         log.warning("%s: the image was not closed properly: repairing its refcounts", path)
         report = await repair_refcounts(file, header)
         file_size = max(file_size, report.image_end_offset)
