@@ -181,10 +181,12 @@ class Header:
 
     @property
     def cluster_size(self) -> int:
+        """Bytes."""
         return 1 << self.cluster_bits
 
     @property
     def extended_l2(self) -> bool:
+        """L2 entries have 128 bits, and clusters 32 subclusters."""
         return bool(self.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
 
     @property
@@ -194,10 +196,12 @@ class Header:
 
     @property
     def subcluster_size(self) -> int:
+        """Bytes: the smallest unit that can be allocated."""
         return self.cluster_size // self.subclusters_per_cluster
 
     @property
     def l2_entry_size(self) -> int:
+        """Bytes."""
         return 16 if self.extended_l2 else 8
 
     @property
@@ -212,14 +216,17 @@ class Header:
 
     @property
     def refcount_bits(self) -> int:
+        """Bits of one refcount, 1 to 64."""
         return 1 << self.refcount_order
 
     @property
     def refcount_block_entries(self) -> int:
+        """Refcounts in a refcount block, which is one cluster."""
         return self.cluster_size * 8 // self.refcount_bits
 
     @property
     def refcount_table_bytes(self) -> int:
+        """Bytes that the refcount table takes in the file."""
         return self.refcount_table_clusters << self.cluster_bits
 
     # State and extensions
@@ -236,6 +243,7 @@ class Header:
 
     @property
     def lazy_refcounts(self) -> bool:
+        """Writers may leave refcounts behind while the dirty bit is set; replnbd does not."""
         return bool(self.compatible_features & COMPATIBLE_LAZY_REFCOUNTS)
 
     @property

@@ -41,9 +41,11 @@ _pack_pair = struct.Struct(">QQ").pack
 class ClusterSource(Protocol):
     """What Mapping needs of the allocator, for L2 tables."""
 
-    async def allocate_locked(self, count: int) -> tuple[int, int]: ...
+    async def allocate_locked(self, count: int) -> tuple[int, int]:
+        """(host offset, clusters) of up to `count` neighbours; the caller has HostFile.lock."""
 
-    def release(self, offset: int, count: int) -> None: ...
+    def release(self, offset: int, count: int) -> None:
+        """Nothing refers to these clusters any more."""
 
 
 class StoreLostError(OSError):

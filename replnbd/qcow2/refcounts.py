@@ -48,10 +48,12 @@ class RefcountBlock:
         self.counts = bytearray(data) if bits >= 8 else _widen(data, bits)
 
     def get(self, index: int) -> int:
+        """The refcount of one cluster of this block."""
         width = self.width
         return int.from_bytes(self.counts[index * width : (index + 1) * width], "big")
 
     def set_run(self, index: int, count: int, value: int) -> None:
+        """Make `count` refcounts from `index` on `value`, in memory."""
         width = self.width
         self.counts[index * width : (index + count) * width] = value.to_bytes(width, "big") * count
 

@@ -33,6 +33,7 @@ class CheckReport:
 
     @property
     def clean(self) -> bool:
+        """Nothing is wrong, or nothing any more."""
         return not self.corruptions and not self.leaks
 
     def note(self, text: str) -> None:

@@ -72,6 +72,7 @@ class Scan:
         self._cache: dict[int, RefcountBlock] = {}
 
     async def run(self) -> None:
+        """Walk the whole image; `report` is complete afterwards."""
         header = self.header
         self.report.total_clusters = -(-header.size // self.cluster_size)
         await self._load_refcount_table()
@@ -87,6 +88,7 @@ class Scan:
     # Findings
 
     def corruption(self, text: str, *, repairable: bool = False) -> None:
+        """Count and note something wrong; unless `repairable`, the image is beyond repair."""
         self.report.corruptions += 1
         if not repairable:
             self.beyond_repair += 1
