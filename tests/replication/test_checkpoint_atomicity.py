@@ -81,7 +81,8 @@ class World:
             for number in range(self.count)
             for client in self.clients_of(number)
         ]
-        for _ in range(self.rng.randrange(400)):
+        enough = self.rng.randrange(self.count * SLOTS * 3 // 4)
+        while sum(sent.answered is not None for sent in self.sent) < enough:
             await asyncio.sleep(0)
         given = next(self.clock)
         await command
