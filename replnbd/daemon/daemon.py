@@ -56,22 +56,27 @@ class Daemon:
             for uri in self.config.server.listen:
                 await self.server.listen(uri)
         except BaseException:
-            await self.close()
-            for path in created:
-                os.unlink(path)
+            try:
+                await self.close()
+            finally:
+                for path in created:
+                    os.unlink(path)
             raise
 
     async def close(self) -> None:
-        """An orderly end: clients are let go, jobs stopped, everything is flushed and closed."""
+        """An orderly end: clients are let go, jobs stopped, everything is flushed and closed.
+        OSError, naming the disk, if one could not be flushed; all is closed even then."""
         if self._control is not None:
             self._control.refuse_changes("replnbd is shutting down")
         await self.server.close(timeout_s=CLOSE_TIMEOUT_S)
         for task in tuple(self._tasks):
             await asyncio.wait([task])
-        await self.group.close()
-        if self._control is not None:
-            await self._control.close()
-            self._control = None
+        try:
+            await self.group.close()
+        finally:
+            if self._control is not None:
+                await self._control.close()
+                self._control = None
 
     async def __aenter__(self) -> Daemon:
         await self.open()

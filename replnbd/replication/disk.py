@@ -22,7 +22,7 @@ import errno
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from replnbd.block import BlockNode, OverlayNode, RangeLock
 from replnbd.block.range_lock import EVERYTHING
@@ -245,9 +245,18 @@ class StandbyDisk:
             await node.flush()
 
     async def close(self) -> None:
-        """Close all nodes, top first. The jobs have ended, the exports are gone."""
-        for node in (self.active, self.hidden, self.secondary):
-            await node.close()
+        """Make everything durable and close all nodes, top first. The jobs have ended, the
+        exports are gone. OSError, naming the disk, if that fails; all are closed even then."""
+        try:
+            async with AsyncExitStack() as stack:
+                for node in (self.secondary, self.hidden, self.active):
+                    stack.push_async_callback(node.close)
+                # The overlays flush as they close; a raw disk has nothing of its own to write.
+                await self.secondary.flush()
+        except OSError as exc:
+            text = f"disk '{self.name}' could not be flushed at its end: {exc.strerror}"
+            log.error("%s", text)  # noqa: TRY400
+            raise OSError(exc.errno, text) from exc
 
     def _set_stage(self, stage: Stage) -> None:
         previous, self.stage = self.stage, stage

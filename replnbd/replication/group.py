@@ -108,13 +108,14 @@ class Group:
                     disk.reset()
 
     async def close(self) -> None:
-        """An orderly end: jobs stop, everything is flushed and closed. No exports any more."""
+        """An orderly end: jobs stop, everything is flushed and closed. No exports any more.
+        OSError if a disk could not be flushed; all others are closed well even then."""
         async with self._turn:
             for disk in self.disks:
                 await disk.end_jobs()
-            async with self._drained(self.disks):
-                for disk in self.disks:
-                    await disk.close()
+            async with self._drained(self.disks), AsyncExitStack() as stack:
+                for disk in reversed(self.disks):
+                    stack.push_async_callback(disk.close)
 
     def _moving(self, command: Command, mode: str = "secondary") -> list[StandbyDisk]:
         """The disks that `command` moves on; those that ignore it are left out."""

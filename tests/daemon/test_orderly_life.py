@@ -10,6 +10,7 @@ import signal
 import struct
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -327,3 +328,23 @@ def test_a_killed_daemon_leaves_a_socket_that_the_next_one_takes_over(setup: Set
         assert running.connect("d").pread(0, 12) == b"acknowledged"
         running.signal(signal.SIGTERM)
         running.ended_well()
+
+
+def test_images_that_cannot_be_flushed_at_the_end_are_told_and_fail_the_command(
+    short_dir: Path,
+) -> None:
+    setup = Setup(short_dir, "a", "b")
+    with setup.serve() as running:
+        running.start()
+        running.connect("b-top").pwrite(0, bytes(4096))  # so that there are refcounts to write
+        running.process.limit_file_size(32768)  # the log has room below, the refcounts have not
+        running.signal(signal.SIGTERM)
+        assert running.process.wait(timeout_s=5) == 1
+        lines = running.log.splitlines()
+        assert lines[-1] == "replnbd: disk 'b' could not be flushed at its end: File too large"
+        assert lines[-2].endswith(lines[-1].removeprefix("replnbd: "))
+        assert "Traceback" not in running.log
+        assert not running.nbd_socket.exists()
+        assert not running.control_socket.exists()
+    check_overlays(setup, 0)
+    assert setup.path("secondary", 0).read_bytes() == pattern(1)
