@@ -101,8 +101,10 @@ def overlays_of(folder: Path) -> tuple[Path, Path]:
 
 def moved(disk: ReplnbdDisk, folder: Path) -> ReplnbdDisk:
     """Copies of a disk's files in another folder: their backing files are the copies, too."""
-    paths = [Path(shutil.copy(path, folder)) for path in (disk.secondary, disk.hidden, disk.active)]
-    return ReplnbdDisk(disk.name, disk.top_id, *paths, disk.format)
+    secondary, hidden, active = (
+        Path(shutil.copy(path, folder)) for path in (disk.secondary, disk.hidden, disk.active)
+    )
+    return ReplnbdDisk(disk.name, disk.top_id, secondary, hidden, active, disk.format)
 
 
 def check_images(disk: ReplnbdDisk, *, in_use: bool) -> None:
