@@ -132,10 +132,12 @@ class Running:
         """A plain stop."""
         self.qmp.execute("xen-set-replication", {"enable": False, "primary": False})
 
-    def failover(self) -> None:
-        """Begin a failover."""
+    def failover(self, then: tuple[str, dict[str, Any]] | None = None) -> None:
+        """Begin a failover; `then` is a command that follows at once, before much is committed."""
         arguments = {"enable": False, "primary": False, "failover": True}
-        self.qmp.execute("xen-set-replication", arguments)
+        commands = [("xen-set-replication", arguments)] + ([then] if then is not None else [])
+        for answer in self.qmp.answers(*commands):
+            assert answer.ok, answer
 
     def disk(self, number: int = 0) -> dict[str, Any]:
         """The status of a disk."""

@@ -8,54 +8,17 @@ import os
 import random
 import signal
 import struct
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from daemon_support import SIZE, Running, Setup, check_overlays, pattern
-from peers import NbdClient, QmpClient, qemu_img, wait_until
+from peers import QmpClient, qemu_img, wait_until
 from peers.nbd_client import CMD_READ, CMD_WRITE, PAYLOAD_BYTES_MAX, REQUEST_MAGIC, connect
+from writers import Writer
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
-
-
-class Writer(threading.Thread):
-    """A client that writes and remembers what was acknowledged, until its connection ends."""
-
-    def __init__(self, client: NbdClient, seed: int, size: int) -> None:
-        super().__init__(daemon=True)
-        self.client = client
-        self.rng = random.Random(seed)
-        self.size = size
-        self.acknowledged: dict[int, bytes] = {}
-        self.uncertain: dict[int, bytes] = {}
-        """Sent, and never answered: may be there or not."""
-        self.count = 0
-
-    def run(self) -> None:
-        try:
-            while True:
-                offset = self.rng.randrange(self.size // 512) * 512
-                data = self.rng.randbytes(512)
-                self.uncertain = {offset: data}
-                self.client.pwrite(offset, data)
-                self.acknowledged[offset] = data
-                self.uncertain = {}
-                self.count += 1
-        except OSError:
-            self.client.close()
-
-    def is_in(self, found: bytes, before: bytes) -> bool:
-        """Whether `found` is `before` and everything acknowledged, nothing else."""
-        expected = bytearray(before)
-        for offset, data in self.acknowledged.items():
-            expected[offset : offset + 512] = data
-        for offset, data in self.uncertain.items():
-            if found[offset : offset + 512] == data:
-                expected[offset : offset + 512] = data
-        return found == bytes(expected)
 
 
 def view(setup: Setup) -> bytes:
@@ -115,8 +78,7 @@ def test_it_ends_in_time_with_clients_in_every_phase_and_nothing_acknowledged_is
         end(running)
         running.ended_well(timeout_s=5)
         for writer in (primary, standby):
-            writer.join(10)
-            assert not writer.is_alive()
+            writer.ended()
         for sock in (silent, half_option):
             sock.close()
         line, reason = WAYS[end]
@@ -255,7 +217,7 @@ def test_after_an_orderly_end_the_next_daemon_serves_the_same_files(setup: Setup
 BIG = 96 << 20
 
 
-def run_failover(setup: Setup, running: Running) -> Writer:
+def run_failover(running: Running, *, speed: int = 0) -> Writer:
     """96 MiB in the hidden overlay, a standby that writes, and a commit that has begun."""
     running.start()
     primary = running.connect("d")
@@ -265,7 +227,7 @@ def run_failover(setup: Setup, running: Running) -> Writer:
     standby = Writer(running.connect("d-top"), 6, BIG)
     standby.start()
     wait_until(lambda: standby.count > 100, "standby writes")
-    running.failover()
+    running.failover(("block-job-set-speed", {"device": "commit-d", "speed": speed}))
     return standby
 
 
@@ -285,9 +247,7 @@ def test_an_end_during_a_failover_under_load_keeps_the_view_and_clean_images(
     is in both places, and a part in the overlays alone."""
     before = make_big(setup)
     with setup.serve() as running:
-        standby = run_failover(setup, running)
-        job = {"device": "commit-d", "speed": 128 << 20}
-        running.qmp.execute("block-job-set-speed", job)
+        standby = run_failover(running, speed=128 << 20)
         wait_until(lambda: commit_is_done(running, share), "progress of the commit")
         running.qmp.execute("job-pause", {"id": "commit-d"})
         count = standby.count
@@ -295,8 +255,7 @@ def test_an_end_during_a_failover_under_load_keeps_the_view_and_clean_images(
         running.signal(signal.SIGTERM)
         running.ended_well(timeout_s=5)
         assert "failover -> done" not in running.log
-        standby.join(10)
-        assert not standby.is_alive()
+        standby.ended()
     check_overlays(setup)
     assert standby.is_in(view(setup), before)
 
@@ -304,11 +263,10 @@ def test_an_end_during_a_failover_under_load_keeps_the_view_and_clean_images(
 def test_an_end_in_the_middle_of_a_copy_keeps_the_view_and_clean_images(setup: Setup) -> None:
     before = make_big(setup)
     with setup.serve() as running:
-        standby = run_failover(setup, running)
+        standby = run_failover(running)
         running.signal(signal.SIGTERM)
         running.ended_well(timeout_s=5)
-        standby.join(10)
-        assert not standby.is_alive()
+        standby.ended()
     check_overlays(setup)
     assert standby.is_in(view(setup), before)
 

@@ -51,11 +51,25 @@ class QmpClient:
 
     def answer(self, command: str, arguments: dict[str, Any] | None = None) -> Answer:
         """Run a command and return its answer, error or not."""
-        self._id += 1
-        message: dict[str, Any] = {"execute": command, "id": self._id}
-        if arguments is not None:
-            message["arguments"] = arguments
-        self._sock.sendall(json.dumps(message).encode() + b"\r\n")
+        return self.answers((command, arguments))[0]
+
+    def answers(self, *commands: tuple[str, dict[str, Any] | None]) -> list[Answer]:
+        """Send commands in one go, so that nothing of ours comes between them, and return their
+        answers."""
+        first = self._id + 1
+        lines = b""
+        for command, arguments in commands:
+            self._id += 1
+            message: dict[str, Any] = {"execute": command, "id": self._id}
+            if arguments is not None:
+                message["arguments"] = arguments
+            lines += json.dumps(message).encode() + b"\r\n"
+        self._sock.sendall(lines)
+        return [
+            self._answer(command, number) for number, (command, _) in enumerate(commands, first)
+        ]
+
+    def _answer(self, command: str, number: int) -> Answer:
         while True:
             reply = self._receive()
             if "event" in reply:
@@ -64,8 +78,8 @@ class QmpClient:
             if "QMP" in reply:
                 # QEMU greets a client twice that connects while QEMU is still starting.
                 continue
-            if reply.get("id") != self._id:
-                raise PeerError(f"{command}: answer without our id {self._id}: {reply}")
+            if reply.get("id") != number:
+                raise PeerError(f"{command}: answer without our id {number}: {reply}")
             if "error" in reply:
                 return Answer(None, reply["error"]["class"], reply["error"]["desc"])
             return Answer(reply["return"])
