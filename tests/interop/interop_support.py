@@ -85,23 +85,31 @@ class Twin:
 
 
 def random_requests(
-    rng: random.Random, client: NbdClient, content: bytearray, count: int, *, length_max: int
+    rng: random.Random,
+    client: NbdClient,
+    content: bytearray,
+    count: int,
+    *,
+    length_max: int,
+    trim: bool = True,
+    alignment: int = 1,
 ) -> None:
-    """Writes, zeroes and trims at any alignment, through `client` and to `content` alike.
+    """Writes, zeroes and trims at any `alignment`, through `client` and to `content` alike.
 
     replnbd promises zeroes where something was trimmed, as QEMU's filter with `discard=unmap` does.
     """
     for _ in range(count):
-        offset = rng.randrange(len(content))
-        length = min(rng.randint(1, rng.choice([SECTOR, length_max])), len(content) - offset)
-        match rng.choice(["write", "write", "write", "zeroes", "trim"]):
+        offset = rng.randrange(0, len(content), alignment)
+        length = rng.randint(1, rng.choice([SECTOR, length_max]))
+        length = min(length + -length % alignment, len(content) - offset)
+        match rng.choice(["write", "write", "write", "zeroes", "trim" if trim else "write"]):
             case "write":
                 data = rng.randbytes(length)
                 client.pwrite(offset, data)
             case "zeroes":
                 data = bytes(length)
                 client.write_zeroes(offset, length)
-            case _:
+            case "trim":
                 data = bytes(length)
                 client.trim(offset, length)
         content[offset : offset + length] = data
