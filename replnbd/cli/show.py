@@ -46,6 +46,8 @@ def status(answer: dict[str, Any]) -> None:
             "primary clients": disk["primary-connections"],
             "standby clients": disk["standby-connections"],
         }
+        if failed := _failed(disk):
+            fields["failed requests"] = failed
         if disk["job"] is not None:
             fields["job"] = _job(disk["job"])
         if disk["error"] is not None:
@@ -66,6 +68,8 @@ def status_table(answer: dict[str, Any]) -> Table:
         style = _STAGE_STYLES.get(stage, "")
         shown = f"[{style}]{stage}[/{style}]" if style else stage
         notes = [_job(disk["job"])] if disk["job"] is not None else []
+        if failed := _failed(disk):
+            notes.append(f"[red]failed requests: {failed}[/red]")
         if disk["error"] is not None:
             notes.append(f"[red]{disk['error']}[/red]")
         table.add_row(
@@ -94,6 +98,12 @@ def _checkpoint(disk: dict[str, Any]) -> str:
         return "none"
     age_s = max(0.0, time.time() - disk["checkpoint-time"])
     return f"{disk['checkpoints']} ({age_s:.0f} s ago)"
+
+
+def _failed(disk: dict[str, Any]) -> str:
+    """Of which side how many requests have failed; "" if none."""
+    sides = ((side, disk[f"{side}-errors"]) for side in ("primary", "standby"))
+    return ", ".join(f"{side} {count}" for side, count in sides if count)
 
 
 def _job(job: dict[str, Any]) -> str:

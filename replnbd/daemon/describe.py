@@ -32,6 +32,8 @@ def disk_status(disk: StandbyDisk, exports: Mapping[str, Export]) -> dict[str, A
         "standby-bytes-written": disk.standby.bytes_written,
         "primary-connections": _connections(disk.primary, exports),
         "standby-connections": _connections(disk.standby, exports),
+        "primary-errors": _errors(disk.primary, exports),
+        "standby-errors": _errors(disk.standby, exports),
         "job": job.describe() if job is not None else None,
     }
 
@@ -74,6 +76,11 @@ def describe_node(node: BlockNode) -> dict[str, Any]:
 
 def _connections(node: BlockNode, exports: Mapping[str, Export]) -> int:
     return sum(len(export.connections) for export in exports.values() if export.node is node)
+
+
+def _errors(node: BlockNode, exports: Mapping[str, Export]) -> int:
+    """Requests that failed since the exports were added."""
+    return sum(export.stats.errors for export in exports.values() if export.node is node)
 
 
 def _file_of(node: BlockNode) -> tuple[str, int | None]:

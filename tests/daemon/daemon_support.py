@@ -7,7 +7,7 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,11 @@ class Setup:
         return self.config
 
     @contextlib.contextmanager
-    def serve(self, *options: str) -> Iterator[Running]:
-        """`replnbd serve` until the block ends; killed if it still runs then."""
+    def serve(self, *options: str, prefix: Sequence[str] = ()) -> Iterator[Running]:
+        """`replnbd serve` until the block ends; killed if it still runs then. `prefix` is a
+        command that runs it."""
         self.write()
-        argv = [*REPLNBD, "serve", *options, str(self.config)]
+        argv = [*prefix, *REPLNBD, "serve", *options, str(self.config)]
         with Running(self, argv) as running:
             yield running
 
