@@ -25,6 +25,15 @@ control = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 _POLL_S = 0.2
+_INTERVAL_RANGE_S = (0.1, 86400)
+
+
+def _check_interval(ctx: click.Context, param: click.Parameter, seconds: float) -> float:
+    """What FloatRange does, but for NaN, which it lets through."""
+    low, high = _INTERVAL_RANGE_S
+    if not low <= seconds <= high:
+        raise click.BadParameter(f"{seconds} is not in the range {low} to {high}.")
+    return seconds
 
 
 @click.command()
@@ -96,7 +105,9 @@ def reset(control: str, force: bool) -> None:
 @control
 @as_json
 @click.option("--watch", is_flag=True, help="Redraw in place, until interrupted.")
-@click.option("--interval", type=click.FloatRange(0.1), default=1.0, help="Seconds, with --watch.")
+@click.option(
+    "--interval", type=float, default=1.0, callback=_check_interval, help="Seconds, with --watch."
+)
 def status(control: str, as_json: bool, watch: bool, interval: float) -> None:
     """Show every disk.
 
@@ -144,7 +155,7 @@ def _say_stages(client: ControlClient) -> None:
 def _wait_for_commit(client: ControlClient) -> None:
     """Until no disk is in stage *failover*; StateError if one has failed."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a disk may be called "[red]"
         BarColumn(),
         DownloadColumn(binary_units=True),
         TimeElapsedColumn(),

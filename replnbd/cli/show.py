@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -57,7 +58,7 @@ def status(answer: dict[str, Any]) -> None:
 
 def status_table(answer: dict[str, Any]) -> Table:
     """The same as a table; the writes and the overlays count since the last checkpoint."""
-    table = Table(title=f"replnbd {answer['version']}: {', '.join(answer['listen'])}")
+    table = Table(title=escape(f"replnbd {answer['version']}: {', '.join(answer['listen'])}"))
     for heading in ("disk", "stage", "checkpoint", "hidden", "active"):
         table.add_column(heading)
     table.add_column("written: primary / standby")
@@ -67,13 +68,13 @@ def status_table(answer: dict[str, Any]) -> Table:
         stage = disk["stage"]
         style = _STAGE_STYLES.get(stage, "")
         shown = f"[{style}]{stage}[/{style}]" if style else stage
-        notes = [_job(disk["job"])] if disk["job"] is not None else []
+        notes = [escape(_job(disk["job"]))] if disk["job"] is not None else []
         if failed := _failed(disk):
             notes.append(f"[red]failed requests: {failed}[/red]")
         if disk["error"] is not None:
-            notes.append(f"[red]{disk['error']}[/red]")
+            notes.append(f"[red]{escape(disk['error'])}[/red]")
         table.add_row(
-            f"{disk['name']} / {disk['top-id']}",
+            escape(f"{disk['name']} / {disk['top-id']}"),
             shown + ("\n[yellow]fenced[/yellow]" if disk["fenced"] else ""),
             _checkpoint(disk),
             size(disk["hidden-bytes"]),

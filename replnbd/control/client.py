@@ -135,6 +135,11 @@ class ControlClient:
         scanned = 0
         while (end := self._buffer.find(b"\n", scanned)) < 0:
             scanned = len(self._buffer)
+            # Not to wait for the end of a line from a server that greets in another language.
+            if scanned and self._buffer[0] not in b"{ \r":
+                raise ProtocolError(
+                    f"control socket {self.path}: no QMP message: {bytes(self._buffer[:80])!r}"
+                )
             if scanned > _LINE_SIZE_MAX:
                 raise ProtocolError(f"control socket {self.path}: endless message")
             # A timeout of 0 would mean "do not block"; this one means "look once more".

@@ -44,9 +44,9 @@ class Daemon:
         self._control: ControlServer | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def open(self) -> None:
-        """Open the disks, then listen. ConfigError or ImageError says what is wrong, and then
-        nothing is open and no file has changed."""
+    async def open(self, *, start: bool = False) -> None:
+        """Open the disks, then listen, then `start` replication if asked. ConfigError, ImageError
+        or StateError says what is wrong, and then nothing is open and no file has changed."""
         created: list[str] = []
         try:
             await self._open_disks(created)
@@ -55,6 +55,8 @@ class Daemon:
                 await self._control.start()
             for uri in self.config.server.listen:
                 await self.server.listen(uri)
+            if start:
+                await self.group.start()
         except BaseException:
             try:
                 await self.close()

@@ -58,14 +58,15 @@ async def _serve(config: Config, start: bool) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _asked_to_end, daemon, number)
-    async with daemon:
-        if start:
-            await daemon.group.start()
+    await daemon.open(start=start)
+    try:
         log.info(
             "ready: NBD on %s, QMP on %s", ", ".join(daemon.server.uris), config.server.control
         )
         await daemon.quit_requested.wait()
         log.info("ending: draining and flushing")
+    finally:
+        await daemon.close()
     log.info("ended")
 
 
