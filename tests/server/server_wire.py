@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import pytest
-import uvloop
+from loops import on_both_loops as on_both_loops  # for all tests of the server
 
 from replnbd.block import BlockNode, Buffer, MemoryNode
 from replnbd.events import EventBus
@@ -22,31 +19,6 @@ from replnbd.server import Export, NbdServer
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
 GO = 7
-DEADLINE_S = 30.0  # a bound for a hang, far above what a loaded machine needs
-
-
-def on_both_loops(
-    test: Callable[..., Coroutine[Any, Any, None]],
-) -> Callable[..., None]:
-    """Run an async test under asyncio's own loop, and under uvloop."""
-
-    @functools.wraps(test)
-    def run(*args: Any, loop_factory: Callable[[], asyncio.AbstractEventLoop], **kw: Any) -> None:
-        async def bounded() -> None:
-            await asyncio.wait_for(test(*args, **kw), DEADLINE_S)
-
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(bounded())
-
-    signature = inspect.signature(test)
-    parameter = inspect.Parameter("loop_factory", inspect.Parameter.KEYWORD_ONLY)
-    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), parameter]
-    )
-    factories = [asyncio.new_event_loop, uvloop.new_event_loop]
-    mark = pytest.mark.parametrize("loop_factory", factories, ids=["asyncio", "uvloop"])
-    parametrized: Callable[..., None] = mark(run)
-    return parametrized
 
 
 @asynccontextmanager
