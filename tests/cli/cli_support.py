@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -96,6 +97,7 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
         os.set_blocking(self._master, False)
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self.text = ""
 
     def wait_for(self, condition: Callable[[str], bool], timeout_s: float = 30.0) -> None:
@@ -131,7 +133,7 @@ class Terminal:
             return True
         except OSError:  # EIO: nobody has the other side open any more
             return False
-        self.text += data.decode()
+        self.text += self._decode(data)
         return True
 
     def __enter__(self) -> Self:

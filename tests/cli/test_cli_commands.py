@@ -166,9 +166,9 @@ def test_a_failover_that_waits_shows_its_progress_on_a_terminal(cli: Cli) -> Non
 # Section: where the daemon is, or is not
 
 
-def test_without_a_daemon_every_command_says_so_in_one_line(tmp_path: Path) -> None:
+def test_without_a_daemon_a_command_says_so_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "qmp.sock"
-    for command in ("start", "checkpoint", "stop", "failover", "reset", "status", "jobs"):
+    for command in ("start", "failover", "jobs"):
         line = refusal(run_replnbd(command, "--control", path))
         assert line == f"replnbd: no replnbd answers at {path}: {NO_DAEMON}"
     with socket.socket(socket.AF_UNIX) as dead:
