@@ -97,7 +97,8 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
         os.set_blocking(self._master, False)
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        # An interrupt may cut a character in two, as it cuts everything that is being written.
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.text = ""
 
     def wait_for(self, condition: Callable[[str], bool], timeout_s: float = 30.0) -> None:
