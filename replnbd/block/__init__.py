@@ -11,7 +11,11 @@ Laws.
    inside, `0 <= offset`, `offset + length <= size` and `length > 0` hold, and may be asserted.
 3. An operation fails with OSError; `errno` decides what the client is told.
 4. A buffer belongs to the caller again when the operation has finished, and not before.
-5. Nodes keep themselves coherent under overlapping requests; which of two overlapping writes
+5. After a flush has failed, none succeeds any more on that file: what was lost is not found again.
+6. An operation that has begun must not be cancelled: whoever does not want to wait lets it run on
+   (`asyncio.shield`). Cancelled all the same, it ends like a process that died: between two system
+   calls, with the files in order and, in memory, perhaps not. Within replnbd nobody cancels one.
+7. Nodes keep themselves coherent under overlapping requests; which of two overlapping writes
    wins is the caller's business, as on any disk.
 """
 

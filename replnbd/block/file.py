@@ -51,7 +51,7 @@ class FileNode(BlockNode):
         self.read_only = read_only
         self.name = name
         self.size = _size_of(fd, path)
-        self._is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self._flush_failure: int | None = None
         # tmpfs has no RWF_NOWAIT and never waits for a disk; others that lack it go to a thread.
         self._in_memory = _on_memory_filesystem(fd)
         self._read_flags: int | None = 0 if self._in_memory else os.RWF_NOWAIT
@@ -124,7 +124,15 @@ class FileNode(BlockNode):
         self.size = size
 
     async def flush(self) -> None:
-        await run_blocking(os.fdatasync, self._fd)
+        # After a failed fdatasync the kernel has dropped the pages it could not write, and calls
+        # the next one a success. What is lost stays lost: no flush of this node succeeds any more.
+        if self._flush_failure is not None:
+            raise OSError(self._flush_failure, f"an earlier flush of {self.path} failed")
+        try:
+            await run_blocking(os.fdatasync, self._fd)
+        except OSError as exc:
+            self._flush_failure = exc.errno
+            raise
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         return await run_blocking(_holes_and_data, self._fd, offset, length)
@@ -198,11 +206,12 @@ def _zero(fd: int, offset: int, length: int, mode: int, fast: bool) -> None:
             _write_all(fd, offset, part)
             offset += len(part)
         return
-    # Punching keeps the size: zeroes past the end must extend the file like any write.
+    # Punching keeps the size: zeroes past the end must extend the file like any write. By a write:
+    # it cannot cut off what somebody else has just written further behind, as a truncate could.
     if mode & _FALLOC_FL_KEEP_SIZE:
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and end > status.st_size:
-            os.ftruncate(fd, end)
+            os.pwrite(fd, b"\0", end - 1)
 
 
 def _holes_and_data(fd: int, offset: int, length: int) -> list[Extent]:

@@ -121,11 +121,6 @@ async def _open_overlay(
             f"{path}: nb_snapshots is {overlay.header.nb_snapshots}: an overlay with internal"
             " snapshots cannot be emptied; remove them with: qemu-img snapshot -d"
         )
-    if count := overlay.header.nb_snapshots:
-        raise ImageUnsupportedError(
-            f"{path}: an overlay cannot have internal snapshots, and this one has {count}: remove"
-            " them with: qemu-img snapshot -d"
-        )
     if overlay.header.backing_file is None:
         overlay.backing = None  # `start` refuses it, as QEMU does
     elif not _same_file(overlay.header.backing_file, path, backing_path):

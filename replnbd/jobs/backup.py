@@ -1,23 +1,23 @@
 """BackupJob: copy-before-write as a job (QEMU's backup with sync=none).
 
-The copying happens in the writes' own turn, by the filter; the job is what can be seen and
-cancelled of it. Pausing it or limiting its speed holds no write back, as with QEMU: a copy that
-had to wait would be a write that has to wait.
+The copying happens in the writes' own turn, by the filter; the job is what can be seen of it.
+Pausing it or limiting its speed holds no write back, as with QEMU: a copy that had to wait would be
+a write that has to wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
+from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.filters import CopyBeforeWrite
 from replnbd.jobs.job import Job
 
 
 class BackupJob(Job):
-    """Runs until `finish`. `ended(job)` is called when it ends, cancelled or not."""
+    """Runs until `finish`."""
 
     type = "backup"
 
@@ -26,11 +26,9 @@ class BackupJob(Job):
         job_id: str,
         bus: EventBus,
         copy_before_write: CopyBeforeWrite,
-        ended: Callable[[BackupJob], None],
     ) -> None:
         super().__init__(job_id, bus)
         self._filter = copy_before_write
-        self._ended = ended
         self._finished = asyncio.Event()
 
     async def run(self) -> None:
@@ -40,10 +38,15 @@ class BackupJob(Job):
         """A new checkpoint: nothing is saved yet."""
         self._filter.bytes_copied = 0
 
-    async def finish(self) -> None:
-        """The stage that needed the copies is over: end well, and return when ended."""
+    def finish(self) -> None:
+        """The stage that needed the copies is over: the job ends well, in its own turn."""
         self._finished.set()
-        await self.wait()
+
+    async def cancel(self) -> None:
+        """Refused: without the copies, the view would not be the checkpoint's any more."""
+        raise StateError(
+            f"Job '{self.id}' keeps the checkpoint of its disk: end it by a stop or a failover"
+        )
 
     def describe(self) -> dict[str, Any]:
         # sync=none has no end to reach: the total is what has been copied.
@@ -51,4 +54,5 @@ class BackupJob(Job):
         return super().describe()
 
     def on_end(self) -> None:
-        self._ended(self)
+        # Nothing to say: whoever called `finish` has moved on.
+        return

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import time
 from abc import ABC, abstractmethod
 from enum import StrEnum
 from typing import Any
@@ -55,9 +56,11 @@ class Job(ABC):
         """What the job is doing to a disk, "read" or "write", for BLOCK_JOB_ERROR."""
         self._bus = bus
         self._task: asyncio.Task[None] | None = None
-        self._resumed = asyncio.Event()
-        self._resumed.set()
+        self._paused = False
+        self._wake = asyncio.Event()
+        """Set by whatever ends a nap before its time."""
         self._debt_s = 0.0
+        """Seconds that the speed limit wants the job to be slower than it was."""
         self._emit_status()
 
     @abstractmethod
@@ -78,33 +81,37 @@ class Job(ABC):
     def pause(self) -> None:
         """Stop at the next pause point (`job-pause`)."""
         self._require("pause")
-        if not self._resumed.is_set():
+        if self._paused:
             raise StateError("Job is already paused")
-        self._resumed.clear()
+        self._paused = True
         self._set_status(JobStatus.PAUSED)
 
     def resume(self) -> None:
         """Go on (`job-resume`)."""
         self._require("resume")
-        if self._resumed.is_set():
+        if not self._paused:
             raise StateError("Can't resume a job that was not paused")
-        self._resumed.set()
+        self._paused = False
+        self._wake.set()
         self._set_status(JobStatus.RUNNING)
 
     def set_speed(self, speed: int) -> None:
-        """Limit the job to `speed` bytes/s, 0 for no limit (`block-job-set-speed`)."""
+        """Limit the job to `speed` bytes/s from now on, 0 for no limit (`block-job-set-speed`)."""
         self._require("set-speed")
         if speed < 0:
             raise StateError("Parameter 'speed' expects a non-negative value")
         self.speed = speed
         self._debt_s = 0.0
+        self._wake.set()
 
     async def cancel(self) -> None:
-        """End the job before its time (`job-cancel`); returns when it has ended."""
+        """End the job at its next pause point (`job-cancel`); returns when it has ended.
+
+        Never in the middle of an operation: that would go on without its locks.
+        """
         self._require("cancel")
         self.cancelled = True
-        assert self._task is not None
-        self._task.cancel()
+        self._wake.set()
         await self.wait()
 
     def describe(self) -> dict[str, Any]:
@@ -124,13 +131,12 @@ class Job(ABC):
         """A member of the answer to `query-block-jobs`."""
         description = self.describe()
         job_id, length = description.pop("id"), description.pop("total-progress")
-        paused = not self._resumed.is_set()
         return description | {
             "device": job_id,
             "len": length,
             "offset": description.pop("current-progress"),
-            "busy": self._task is not None and not paused,
-            "paused": paused,
+            "busy": self._task is not None and not self._paused,
+            "paused": self._paused,
             "speed": self.speed,
             "io-status": "ok" if self.error is None else "failed",
             "ready": False,
@@ -140,14 +146,21 @@ class Job(ABC):
 
     async def pause_point(self, bytes_done: int = 0) -> None:
         """Let others run; wait while paused, and for as long as the speed limit demands for
-        the bytes just done. Hold no lock here."""
-        if self.speed and bytes_done:
+        the bytes just done. Hold no lock here: this is where a cancelled job ends."""
+        if self.speed:
             self._debt_s += bytes_done / self.speed
-            nap_s, self._debt_s = self._debt_s, 0.0
-            await asyncio.sleep(nap_s)
-        else:
-            await asyncio.sleep(0)
-        await self._resumed.wait()
+        await asyncio.sleep(0)
+        while not self.cancelled and (self._paused or self._debt_s > 0):
+            self._wake.clear()
+            began_s = time.monotonic()
+            try:
+                async with asyncio.timeout(None if self._paused else self._debt_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._debt_s = max(0.0, self._debt_s - (time.monotonic() - began_s))
+        if self.cancelled:
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
     @abstractmethod
     def on_end(self) -> None:
@@ -157,15 +170,11 @@ class Job(ABC):
     async def _live(self) -> None:
         try:
             await self.run()
-        except asyncio.CancelledError:
-            self.cancelled = True
-            self.error = OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+            self.cancelled = False  # if it was, it came too late
         except OSError as exc:
             self.error = exc
-            log.error("job %s failed: %s", self.id, self._error_text())  # noqa: TRY400
-            self._bus.emit(
-                "BLOCK_JOB_ERROR", device=self.id, operation=self.operation, action="report"
-            )
+            if exc.errno != errno.ECANCELED:
+                self._report(exc)
         except Exception as exc:
             self.error = OSError(errno.EIO, f"internal error: {exc!r}")
             log.exception("job %s failed: our bug", self.id)
@@ -175,6 +184,10 @@ class Job(ABC):
         self._emit_end()
         self._set_status(JobStatus.CONCLUDED)
         self._set_status(JobStatus.NULL)
+
+    def _report(self, exc: OSError) -> None:
+        log.error("job %s failed: %s", self.id, exc.strerror or exc)
+        self._bus.emit("BLOCK_JOB_ERROR", device=self.id, operation=self.operation, action="report")
 
     def _error_text(self) -> str:
         assert self.error is not None

@@ -33,9 +33,17 @@ async def make_empty(image: Image) -> None:
     assert image.allocator is not None
     async with image.allocator.settling, image.host.lock:
         moved = await _clear_l1(image)
-        await _recount(image)
-        if moved:
-            await _bring_l1_down(image)
+        try:
+            await _recount(image)
+            if moved:
+                await _bring_l1_down(image)
+        except OSError as exc:
+            # The image is empty since step 1; from there on only space is at stake. What has not
+            # been recounted has leaked, until the next make_empty recounts everything again.
+            if image.host.corrupt:
+                raise
+            log.warning("%s: cannot give the space back yet: %s", image.host.path, exc)
+            return
         await _cut_file(image)
 
 

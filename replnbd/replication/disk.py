@@ -12,8 +12,8 @@
         |        v                           |
         +--> secondary (none, done) <--------+--> (done after failover)
 
-The steps here are the parts of the group's commands: `check_...` and the preparing may fail and
-change nothing; the others are assignments, made while both gates are drained.
+The steps here are the parts of the group's commands. `run`, `stop`, `fail_over` and `reset` are
+assignments, made while both gates are drained; all that can fail comes before them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from replnbd.events import EventBus
 from replnbd.filters import CopyBeforeWrite
 from replnbd.jobs import BackupJob, CommitJob, Job, JobRegistry
 from replnbd.replication.nodes import GateNode, NotStartedNode, RefusingNode, SplitWriteNode
-from replnbd.replication.stage import BACKUP_CANCELLED, IO_ERROR, NOT_RUNNING, Command, Stage
+from replnbd.replication.stage import IO_ERROR, NOT_RUNNING, Command, Stage
 from replnbd.replication.stage import next_stage as next_stage_of
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,6 @@ class StandbyDisk:
         """After a failover: the standby's disk is the disk, and NAME is fenced."""
         self.error: str | None = None
         """What `query-xen-replication-status` says is wrong, while something is."""
-        self.view_lost = False
-        """The backup job was cancelled: nothing keeps the checkpoint any more."""
         self.checkpoint_count = 0
         self.checkpoint_time: float | None = None
         self.on_fence: Callable[[StandbyDisk], None] = lambda _: None
@@ -86,14 +84,7 @@ class StandbyDisk:
 
     def next_stage(self, command: Command) -> Stage | None:
         """Where `command` leads from here; None if ignored; StateError as QEMU words it."""
-        stage = next_stage_of(self.stage, command)
-        if (
-            self.view_lost
-            and stage is not None
-            and command in (Command.CHECKPOINT, Command.FAILOVER)
-        ):
-            raise StateError(BACKUP_CANCELLED)
-        return stage
+        return next_stage_of(self.stage, command)
 
     @property
     def replication_error(self) -> str | None:
@@ -107,7 +98,7 @@ class StandbyDisk:
         """The job of the present stage."""
         return self._commit or self._backup
 
-    def check_start(self) -> None:
+    async def check_start(self) -> None:
         """The seed's checks of the graph, with its texts; StateError."""
         if self.active.backing is None:
             raise StateError("Active disk doesn't have backing file")
@@ -115,14 +106,12 @@ class StandbyDisk:
             raise StateError("Hidden disk doesn't have backing file")
         if not self.active.size == self.hidden.size == self.secondary.size:
             raise StateError("Active disk, hidden disk, secondary disk's length are not the same")
-
         # QEMU's filter empties them here. But what an overlay holds before a start is of a run that
         # did not end well: a daemon stopped in the middle of a commit, say.
-        held = self.uncommitted_bytes()
-        if held:
+        if await self.holds_data():
             raise StateError(
-                f"the overlays of '{self.name}' hold {held} bytes of an earlier run, which a start"
-                " would lose: 'reset' with force drops them, 'qemu-img commit' keeps them"
+                f"the overlays of '{self.name}' hold data of an earlier run, which a start would"
+                " lose: 'reset' with force drops it, 'qemu-img commit' keeps it"
             )
 
     @asynccontextmanager
@@ -133,19 +122,6 @@ class StandbyDisk:
             yield
         finally:
             self._ranges.release(key)
-
-    async def make_empty(self) -> None:
-        """Let the view be the secondary disk as it is now. The active overlay goes first: dying
-        between the two leaves the last checkpoint, without the standby's writes since.
-
-        Raises StateError as QEMU words it; `error` keeps it until the next good checkpoint.
-        """
-        for overlay in (self.active, self.hidden):
-            try:
-                await overlay.make_empty()
-            except OSError as exc:
-                self.error = f"Failed to empty {overlay.name}: {exc.strerror}"
-                raise StateError(self.error) from exc
 
     def checkpointed(self) -> None:
         """The overlays are empty: a new checkpoint holds from here on."""
@@ -161,31 +137,32 @@ class StandbyDisk:
     def run(self) -> None:
         """Stage *running*: drained, with empty overlays."""
         copy = CopyBeforeWrite(f"backup-{self.name}", self.secondary, self.hidden)
-        self._backup = BackupJob(f"backup-{self.name}", self._bus, copy, self._backup_ended)
+        self._backup = BackupJob(f"backup-{self.name}", self._bus, copy)
         self._jobs.add(self._backup)
         self._backup.start()
         self.primary.target = copy
         self.standby.target = self.active
-        self.view_lost = False
         self.error = None
         self._set_stage(Stage.RUNNING)
 
-    async def stop(self) -> None:
+    def stop(self) -> Job | None:
         """Stage *done* by a plain stop: drained, with empty overlays. The disk is the primary's
-        latest data; the standby's writes from now on stay in the active overlay."""
-        backup, self._backup = self._backup, None
+        latest data; the standby's writes from now on stay in the active overlay.
+
+        Returns the job that is about to end by it.
+        """
         self.primary.target = self.secondary
         self.standby.target = self.active
-        self.view_lost = False
         self.error = None
         self._set_stage(Stage.DONE)
-        if backup is not None:
-            await backup.finish()
+        return self._finish_backup()
 
-    async def fail_over(self) -> None:
+    def fail_over(self) -> Job | None:
         """Stage *failover*, or once more after a failed one: drained. The fence goes up before
-        anything else, and the commit begins."""
-        backup, self._backup = self._backup, None
+        anything else, and the commit begins.
+
+        Returns the job that is about to end by it.
+        """
         self.promoted = True
         self.error = None
         self.primary.target = RefusingNode(
@@ -203,27 +180,36 @@ class StandbyDisk:
         self._jobs.add(commit)
         self._commit = commit
         self._set_stage(Stage.FAILOVER)
-        if backup is not None:
-            await backup.finish()
         commit.start()
+        return self._finish_backup()
+
+    def _finish_backup(self) -> Job | None:
+        backup, self._backup = self._backup, None
+        if backup is not None:
+            backup.finish()
+        return backup
 
     @property
     def fence_reason(self) -> str:
         """What a primary is told that still tries to use NAME after a failover."""
         return f"'{self.name}' is fenced: the standby has taken over; 'reset' lifts the fence"
 
-    def uncommitted_bytes(self) -> int:
-        """Bytes in the overlays that a reset would throw away."""
-        if self.stage is Stage.DONE and self.promoted:
-            return 0
-        return self.active.allocated_bytes + self.hidden.allocated_bytes
+    async def holds_data(self) -> bool:
+        """Whether an overlay has anything allocated, be it zeroes: what no disk has."""
+        for overlay in (self.active, self.hidden):
+            position = 0
+            while position < overlay.size:
+                allocated, count = await overlay.allocated(position, overlay.size - position)
+                if allocated:
+                    return True
+                position += count
+        return False
 
     def reset(self) -> None:
         """Back to stage *none*: drained, with empty overlays. The fence comes down."""
         self.primary.target = self.secondary
         self.standby.target = self._not_started
         self.promoted = False
-        self.view_lost = False
         self.error = None
         self.checkpoint_count = 0
         self.checkpoint_time = None
@@ -233,16 +219,11 @@ class StandbyDisk:
     async def end_jobs(self) -> None:
         """For an orderly end: the jobs stop where they are, and nothing else changes."""
         commit, self._commit = self._commit, None
-        backup, self._backup = self._backup, None
+        backup = self._finish_backup()
         if commit is not None:
             await commit.cancel()
         if backup is not None:
-            await backup.finish()
-
-    async def flush(self) -> None:
-        """Make everything durable: the overlays and the secondary disk."""
-        for node in (self.secondary, self.hidden, self.active):
-            await node.flush()
+            await backup.wait()
 
     async def close(self) -> None:
         """Make everything durable and close all nodes, top first. The jobs have ended, the
@@ -265,23 +246,6 @@ class StandbyDisk:
             self._bus.emit(
                 "x-replnbd-stage", device=self.name, previous=previous.value, stage=stage.value
             )
-
-    def _backup_ended(self, job: BackupJob) -> None:
-        if self._backup is not job:
-            return  # the stage that needed it is over
-        # Cancelled by a user: from here on nothing keeps the checkpoint. The primary goes on, as
-        # with QEMU; the view is refused rather than shown wrong.
-        self._backup = None
-        self.view_lost = True
-        self.error = BACKUP_CANCELLED
-        self.primary.target = self.secondary
-        self.standby.target = RefusingNode(
-            self.top_id,
-            self.standby.size,
-            errno.EIO,
-            f"the view of '{self.name}' is lost: {BACKUP_CANCELLED}",
-        )
-        log.error("disk %s: %s: the standby's view is lost", self.name, BACKUP_CANCELLED)
 
     def _commit_ended(self, job: CommitJob) -> None:
         if self._commit is not job:

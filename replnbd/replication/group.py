@@ -8,19 +8,43 @@ what can fail, and last what cannot.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, ParamSpec
 
 from replnbd.errors import StateError
 from replnbd.events import EventBus
+from replnbd.jobs import Job
 from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.stage import Command, Stage
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+
+_RUNNING: set[asyncio.Task[None]] = set()
+"""Commands under way: the loop itself keeps tasks only weakly."""
+
 # The numbers of QEMU's ReplicationMode, which its error text shows.
 _MODES = {"primary": 0, "secondary": 1}
+
+
+def _whole(
+    command: Callable[P, Coroutine[Any, Any, None]],
+) -> Callable[P, Coroutine[Any, Any, None]]:
+    """Run a command to its end even if its caller is cancelled (a client that timed out): half of
+    one would leave disks in stages that do not belong together."""
+
+    @functools.wraps(command)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        task = asyncio.get_running_loop().create_task(command(*args, **kwargs))
+        _RUNNING.add(task)
+        task.add_done_callback(_RUNNING.discard)
+        await asyncio.shield(task)
+
+    return run
 
 
 class Group:
@@ -30,6 +54,9 @@ class Group:
         self.disks = tuple(disks)
         self._bus = bus
         self._turn = asyncio.Lock()
+        self._torn = False
+        """A checkpoint has failed after some disks had moved on."""
+        self._closed = False
 
     def error(self) -> str | None:
         """What `query-xen-replication-status` answers: None, or the first disk's text."""
@@ -38,43 +65,58 @@ class Group:
                 return disk.replication_error
         return None
 
+    @_whole
     async def start(self, mode: str = "secondary") -> None:
         """Stage *none* to *running*, with a first checkpoint. All or nothing, and can be tried
         again. StateError with QEMU's texts."""
         async with self._turn:
             disks = self._moving(Command.START, mode)
             for disk in disks:
-                disk.check_start()
+                await disk.check_start()
             async with self._drained(disks):
-                await self._checkpoint(disks)
+                await self._make_empty(disks)
                 for disk in disks:
+                    disk.checkpointed()
                     disk.run()
 
+    @_whole
     async def checkpoint(self) -> None:
         """The view becomes the secondary disk as it is now; the standby's writes are dropped."""
         async with self._turn:
             disks = self._moving(Command.CHECKPOINT)
             async with self._drained(disks):
-                await self._checkpoint(disks)
+                await self._make_empty(disks)
+                for disk in disks:
+                    disk.checkpointed()
 
+    @_whole
     async def stop(self) -> None:
         """Stage *running* to *done* with empty overlays: each disk is the primary's latest."""
         async with self._turn:
             disks = self._moving(Command.STOP)
             async with self._drained(disks):
-                for disk in disks:
-                    await disk.make_empty()
-                for disk in disks:
-                    await disk.stop()
+                await self._make_empty(disks)
+                ending = [disk.stop() for disk in disks]
+            await _ended(ending)
 
+    @_whole
     async def failover(self) -> None:
         """Fence the primary and commit what the standby sees; from *failover-failed*, try the
-        commit again. Returns when the commits have begun."""
+        commit again. Returns when the commits have begun.
+
+        StateError if the last checkpoint has reached some disks and not others: what the standby
+        sees is then no state that the primary's disks ever had together.
+        """
         async with self._turn:
             disks = self._moving(Command.FAILOVER)
+            if self._torn and disks:
+                raise StateError(
+                    "the last checkpoint did not reach all disks: their views do not belong"
+                    " together; make a good checkpoint first"
+                )
             async with self._drained(disks):
-                for disk in disks:
-                    await disk.fail_over()
+                ending = [disk.fail_over() for disk in disks]
+            await _ended(ending)
 
     async def wait_committed(self) -> None:
         """Wait until no commit is under way; StateError if one has failed or was cancelled."""
@@ -85,6 +127,7 @@ class Group:
         if failed:
             raise StateError("; ".join(f"'{disk.name}': {disk.error}" for disk in failed))
 
+    @_whole
     async def reset(self, *, force: bool = False) -> None:
         """From *done* or *failover-failed* back to *none*, with empty overlays and no fence.
 
@@ -94,23 +137,23 @@ class Group:
         async with self._turn:
             disks = self._moving(Command.RESET)
             async with self._drained(disks):
-                held = {disk.name: disk.uncommitted_bytes() for disk in disks}
-                if not force and any(held.values()):
-                    what = ", ".join(
-                        f"{count} bytes of '{name}'" for name, count in held.items() if count
-                    )
+                held = [] if force else [disk for disk in disks if await disk.holds_data()]
+                if held:
+                    names = ", ".join(f"'{disk.name}'" for disk in held)
                     raise StateError(
-                        f"the overlays hold {what}, which a reset would lose: use force"
+                        f"the overlays of {names} hold data that is in no disk, which a reset"
+                        " would lose: use force"
                     )
-                for disk in disks:
-                    await disk.make_empty()
+                await self._make_empty(disks)
                 for disk in disks:
                     disk.reset()
 
+    @_whole
     async def close(self) -> None:
         """An orderly end: jobs stop, everything is flushed and closed. No exports any more.
         OSError if a disk could not be flushed; all others are closed well even then."""
         async with self._turn:
+            self._closed = True
             for disk in self.disks:
                 await disk.end_jobs()
             async with self._drained(self.disks), AsyncExitStack() as stack:
@@ -118,7 +161,13 @@ class Group:
                     stack.push_async_callback(disk.close)
 
     def _moving(self, command: Command, mode: str = "secondary") -> list[StandbyDisk]:
-        """The disks that `command` moves on; those that ignore it are left out."""
+        """The disks that `command` moves on; those that ignore it are left out.
+
+        With the turn taken, the answer holds: only commits change a stage by themselves, and no
+        command moves a disk on that is being committed.
+        """
+        if self._closed:
+            raise StateError("replnbd is shutting down")
         moving = []
         for disk in self._in_qemu_order():
             if disk.next_stage(command) is None:
@@ -142,8 +191,24 @@ class Group:
                 await stack.enter_async_context(disk.drained())
             yield
 
-    async def _checkpoint(self, disks: Sequence[StandbyDisk]) -> None:
-        for disk in disks:
-            await disk.make_empty()
-        for disk in disks:
-            disk.checkpointed()
+    async def _make_empty(self, disks: Sequence[StandbyDisk]) -> None:
+        """Let all views be the secondary disks as they are now. The active overlays go first:
+        dying before the hidden ones leaves the last checkpoint, without the standby's writes.
+
+        Raises StateError as QEMU words it; the disk's `error` keeps it until the next good one.
+        """
+        overlays = [(disk, disk.active) for disk in disks] + [(disk, disk.hidden) for disk in disks]
+        for emptied, (disk, overlay) in enumerate(overlays):
+            try:
+                await overlay.make_empty()
+            except OSError as exc:
+                disk.error = f"Failed to empty {overlay.name}: {exc.strerror}"
+                self._torn = self._torn or (emptied > 0 and len(disks) > 1)
+                raise StateError(disk.error) from exc
+        self._torn = False
+
+
+async def _ended(jobs: Sequence[Job | None]) -> None:
+    for job in jobs:
+        if job is not None:
+            await job.wait()

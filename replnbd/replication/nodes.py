@@ -17,8 +17,9 @@ from replnbd.block import BlockNode, Buffer, Extent, OverlayNode, PassThrough, R
 from replnbd.replication.stage import NOT_RUNNING
 
 PIECE = 16 << 20
-"""Bytes. A longer zeroing or discarding is done in pieces, so that no overlapping request waits
-for the whole of it: saving 16 MiB of old data takes about 10 ms."""
+"""Bytes. A longer zeroing or discarding is done in pieces, at multiples of this, so that no
+overlapping request waits for the whole of it: saving 16 MiB of old data takes about 10 ms. A
+command in between (a checkpoint) then finds it done in part, as it may until it is answered."""
 
 
 class GateNode(BlockNode):
@@ -56,7 +57,7 @@ class GateNode(BlockNode):
     ) -> None:
         end = offset + length
         while offset < end:
-            piece = min(PIECE, end - offset)
+            piece = min(PIECE - offset % PIECE, end - offset)
             key = await self._ranges.acquire(offset, piece, True)
             try:
                 await self.target.write_zeroes(offset, piece, unmap=unmap, fast=fast)
@@ -68,7 +69,7 @@ class GateNode(BlockNode):
     async def discard(self, offset: int, length: int) -> None:
         end = offset + length
         while offset < end:
-            piece = min(PIECE, end - offset)
+            piece = min(PIECE - offset % PIECE, end - offset)
             key = await self._ranges.acquire(offset, piece, True)
             try:
                 await self.target.discard(offset, piece)
@@ -211,8 +212,9 @@ class SplitWriteNode(PassThrough):
                 allocated, count = await overlay.allocated(offset, count)
                 if allocated:
                     break
-            if allocated:
-                await operate(self._overlays[0], offset, count)
+            # The base first: if it fails, what is read stays what it was.
             if not allocated or self._is_copied(offset, count):
                 await operate(self._base, offset, count)
+            if allocated:
+                await operate(self._overlays[0], offset, count)
             offset += count

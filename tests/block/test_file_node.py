@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from replnbd.block import BlockNode, FileNode, MemoryNode, read_bytes
 from replnbd.block.file import WRITE_INLINE_MAX
+from replnbd.block.threads import run_blocking
 from replnbd.errors import ConfigError
 
 MIB = 1 << 20
@@ -194,3 +196,62 @@ async def test_memory_node_behaves_like_a_file() -> None:
     await node.truncate(3)
     await node.truncate(5)
     assert await read_bytes(node, 0, 5) == b"\0\0a\0\0"
+
+
+async def test_after_a_failed_flush_none_succeeds_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    node = make(tmp_path / "disk", b"x")
+    await node.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", full)
+        with pytest.raises(OSError, match="No space left"):
+            await node.flush()
+    with pytest.raises(OSError, match=r"an earlier flush of .* failed") as caught:
+        await node.flush()
+    assert caught.value.errno == errno.ENOSPC
+    await node.close()
+
+
+async def test_zeroing_past_the_end_never_cuts_off_what_is_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make(tmp_path / "disk", b"x" * 4096)
+    fstat = os.fstat
+    raced = []
+
+    def fstat_and_lose_the_race(fd: int) -> os.stat_result:
+        status = fstat(fd)
+        raced.append(os.pwrite(fd, b"acknowledged", 1 << 20))
+        return status
+
+    monkeypatch.setattr(os, "fstat", fstat_and_lose_the_race)
+    await node.write_zeroes(4096, 65536)
+    monkeypatch.undo()
+    assert raced
+    content = (tmp_path / "disk").read_bytes()
+    assert content == b"x" * 4096 + bytes((1 << 20) - 4096) + b"acknowledged"
+    await node.close()
+
+
+async def test_a_cancelled_call_ends_before_its_caller_hears_of_it() -> None:
+    began, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def call() -> None:
+        began.set()
+        go.wait(30)
+        ended.set()
+
+    caller = asyncio.create_task(run_blocking(call))
+    await asyncio.to_thread(began.wait)
+    caller.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not caller.done()
+    go.set()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    assert ended.is_set()

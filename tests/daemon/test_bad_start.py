@@ -140,8 +140,8 @@ FILES: dict[Callable[[Setup], None], str] = {
     active_goes_where_a_file_is: "cannot create ./d.raw/d.active: Not a directory",
     hidden_is_the_secondary_by_a_link: f"./d.hidden {IN_USE}",
     hidden_has_internal_snapshots: (
-        "./d.hidden: an overlay cannot have internal snapshots, and this one has 1: remove them"
-        " with: qemu-img snapshot -d"
+        "./d.hidden: nb_snapshots is 1: an overlay with internal snapshots cannot be emptied;"
+        " remove them with: qemu-img snapshot -d"
     ),
 }
 

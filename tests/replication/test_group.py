@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
 
 import pytest
@@ -29,14 +31,15 @@ async def contents(built: list[Built]) -> list[bytearray]:
     return [await read_bytes(each.disk.secondary, 0, each.disk.secondary.size) for each in built]
 
 
-async def test_a_start_that_fails_on_one_disk_starts_none_and_can_be_tried_again() -> None:
+async def test_a_start_that_one_disk_refuses_starts_none_and_can_be_tried_again() -> None:
     group, built = await two_disks()
     before = await contents(built)
     for number in (0, 1):
-        built[number].overlay_faults[0].fail("*")
-        with pytest.raises(StateError, match=r"^Failed to empty d\d-hidden: Input/output error"):
+        hidden = built[number].disk.hidden
+        backing, hidden.backing = hidden.backing, None
+        with pytest.raises(StateError, match=r"^Hidden disk doesn't have backing file$"):
             await group.start()
-        built[number].overlay_faults[0].heal()
+        hidden.backing = backing
         assert [each.disk.stage for each in built] == [Stage.NONE, Stage.NONE]
         assert group.error() == "Block replication is not running"
     await group.start()
@@ -44,6 +47,85 @@ async def test_a_start_that_fails_on_one_disk_starts_none_and_can_be_tried_again
     assert group.error() is None
     assert await contents(built) == before
     await group.close()
+
+
+async def write_both_sides(built: list[Built]) -> None:
+    for each in built:
+        await each.disk.standby.pwrite(4096, b"standby")
+        await each.disk.primary.pwrite(8192, b"primary")
+
+
+async def test_a_checkpoint_that_reached_one_disk_alone_is_not_promoted() -> None:
+    group, built = await two_disks()
+    await group.start()
+    await write_both_sides(built)
+    # The disks come last first; the second one fails when the other's overlay is empty already.
+    built[0].overlay_faults[1].fail("pwrite", times=1)
+    with pytest.raises(StateError, match=r"^Failed to empty d0-active: Input/output error"):
+        await group.checkpoint()
+    assert group.error() == "I/O error occurred"
+    with pytest.raises(StateError, match=r"did not reach all disks.*make a good checkpoint first"):
+        await group.failover()
+    assert [each.disk.stage for each in built] == [Stage.RUNNING, Stage.RUNNING]
+    await group.checkpoint()
+    assert group.error() is None
+    views = [await read_bytes(each.disk.standby, 0, SIZE) for each in built]
+    assert views == await contents(built)
+    await group.failover()
+    await group.wait_committed()
+    assert await contents(built) == views
+    await group.close()
+
+
+async def test_a_checkpoint_that_reached_no_disk_leaves_failover_possible() -> None:
+    group, built = await two_disks()
+    await group.start()
+    await write_both_sides(built)
+    views = [await read_bytes(each.disk.standby, 0, SIZE) for each in built]
+    built[1].overlay_faults[1].fail("pwrite", times=1)
+    with pytest.raises(StateError, match=r"^Failed to empty d1-active: Input/output error"):
+        await group.checkpoint()
+    await group.failover()
+    await group.wait_committed()
+    assert await contents(built) == views
+    await group.close()
+
+
+async def test_a_command_whose_caller_gives_up_is_done_whole() -> None:
+    bus, jobs = EventBus(), JobRegistry()
+    for turns in range(40):
+        built = [
+            await build(f"t{turns}d{n}", Layout(size=SIZE, suspends=True), bus, jobs)
+            for n in (0, 1)
+        ]
+        group = Group([each.disk for each in built], bus)
+        await group.start()
+        await write_both_sides(built)
+        for command in (group.checkpoint, group.failover):
+            caller = asyncio.create_task(command())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            caller.cancel()
+            await asyncio.wait([caller])
+        with contextlib.suppress(StateError):
+            await group.start()  # has its turn when the others have ended
+        states = {(each.disk.checkpoint_count, each.disk.promoted) for each in built}
+        assert len(states) == 1, f"cancelled after {turns} turns: {states}"
+        if turns:  # 0: the caller has not even begun
+            assert states == {(2, True)}
+        await group.wait_committed()
+        await group.close()
+
+
+async def test_after_the_end_commands_are_refused() -> None:
+    group, built = await two_disks()
+    await group.start()
+    closing = asyncio.create_task(group.close())
+    failover = asyncio.create_task(group.failover())
+    await closing
+    with pytest.raises(StateError, match=r"^replnbd is shutting down$"):
+        await failover
+    assert [each.disk.stage for each in built] == [Stage.RUNNING, Stage.RUNNING]
 
 
 async def test_lengths_that_differ_are_refused_before_anything_is_done() -> None:
@@ -93,9 +175,11 @@ async def test_a_failed_checkpoint_is_told_until_the_next_good_one() -> None:
 async def test_what_overlays_hold_before_a_start_is_not_thrown_away_unasked() -> None:
     group, built = await two_disks()
     await built[1].disk.active.pwrite(0, b"of an earlier run")
-    with pytest.raises(StateError, match=r"the overlays of 'd1' hold 65536 bytes of an earlier"):
+    with pytest.raises(StateError, match=r"the overlays of 'd1' hold data of an earlier run"):
         await group.start()
-    with pytest.raises(StateError, match=r"the overlays hold 65536 bytes of 'd1', which a reset"):
+    with pytest.raises(
+        StateError, match=r"the overlays of 'd1' hold data that is in no disk, which a reset"
+    ):
         await group.reset()
     found = await read_bytes(built[1].disk.active, 0, 17)
     assert found == b"of an earlier run"

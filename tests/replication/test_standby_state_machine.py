@@ -235,7 +235,7 @@ class StandbyMachine(RuleBasedStateMachine):
             with pytest.raises(StateError, match=r"'reset' is not possible in stage"):
                 self.do(self.group.reset(force=force))
             return
-        held = any(built.disk.uncommitted_bytes() for built in self.built)
+        held = any(self.do(built.disk.holds_data()) for built in self.built)
         if held and not force:
             with pytest.raises(StateError, match="which a reset would lose: use force"):
                 self.do(self.group.reset())
