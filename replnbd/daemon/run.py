@@ -36,15 +36,7 @@ def run(config: Config, *, start: bool = False) -> None:
         # Nobody else makes the default's directory; one that was asked for must be there.
         os.makedirs(os.path.dirname(control), mode=0o700, exist_ok=True)
     _raise_descriptor_limit()
-    _allow_many_files()
     uvloop.run(_serve(config, start))
-
-
-def _allow_many_files() -> None:
-    """Take all the file descriptors we may have. Who starts services often gives 1024 at first,
-    and then as many silent clients would keep the control socket's away."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _raise_descriptor_limit() -> None:
