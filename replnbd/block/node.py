@@ -102,6 +102,10 @@ class OverlayNode(BlockNode):
     async def make_empty(self) -> None:
         """Make the whole layer unallocated and give its space back."""
 
+    @abstractmethod
+    async def settle(self) -> None:
+        """Make the layer's metadata exact, as a flush does, but make nothing durable."""
+
     @property
     @abstractmethod
     def allocated_bytes(self) -> int:

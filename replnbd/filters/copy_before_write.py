@@ -15,7 +15,11 @@ readers of `target` with them: a reader that found a range unallocated in `targe
 
 from __future__ import annotations
 
+import logging
+
 from replnbd.block import BlockNode, Buffer, OverlayNode, PassThrough
+
+log = logging.getLogger(__name__)
 
 COPY_MAX = 1 << 20
 """Bytes in memory at a time, and how long the loop is busy with one copy (about 0.4 ms)."""
@@ -45,6 +49,16 @@ class CopyBeforeWrite(PassThrough):
     async def discard(self, offset: int, length: int) -> None:
         await self._save_nonzero(offset, length)
         await self.file.discard(offset, length)
+
+    async def flush(self) -> None:
+        # The old data need not be durable: a checkpoint view does not outlive a power failure
+        # (durability "process"). But whoever looks at the image after a flush finds it in order.
+        try:
+            await self.target.settle()
+        except OSError as exc:
+            # Clusters that stay counted harm nobody, and are no failure of the primary's disk.
+            log.warning("%s: cannot settle: %s", self.target.name, exc)
+        await self.file.flush()
 
     async def _save_nonzero(self, offset: int, length: int) -> None:
         # What reads as zeroes before and after does not change: a mkfs that discards an empty

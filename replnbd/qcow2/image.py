@@ -148,9 +148,7 @@ class Qcow2Node(OverlayNode):
         await zeroes.zero(self._image, self._ranges, offset, length, unmap=True, fast=False)
 
     async def flush(self) -> None:
-        allocator = self._image.allocator
-        if allocator is not None and not allocator.idle and not self._host.corrupt:
-            await allocator.settle(with_run=True)
+        await self.settle()
         await self.file.flush()
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
@@ -200,6 +198,11 @@ class Qcow2Node(OverlayNode):
         self._host.check_writable()
         self._refuse_snapshots("drop a range of")
         await zeroes.drop(self._image, self._ranges, offset, length)
+
+    async def settle(self) -> None:
+        allocator = self._image.allocator
+        if allocator is not None and not allocator.idle and not self._host.corrupt:
+            await allocator.settle(with_run=True)
 
     async def make_empty(self) -> None:
         self._host.check_writable()
