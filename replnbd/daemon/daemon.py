@@ -38,7 +38,7 @@ class Daemon:
         self.events = EventBus()
         self.jobs_registry = JobRegistry()
         self.server = NbdServer(self.events)
-        self.group = Group((), self.events)
+        self.group = Group(())
         self.quit_requested = asyncio.Event()
         """Set by `quit`: whoever runs the daemon then closes it."""
         self._control: ControlServer | None = None
@@ -208,7 +208,7 @@ class Daemon:
                 disk = await open_disk(config, self.events, self.jobs_registry, created)
                 disks.append(disk)
         finally:
-            self.group = Group(disks, self.events)
+            self.group = Group(disks)
         for disk in disks:
             self._export_disk(disk)
 

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, ParamSpec
 
 from replnbd.errors import StateError
-from replnbd.events import EventBus
 from replnbd.jobs import Job
 from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.stage import Command, Stage
-
-log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
@@ -50,9 +46,8 @@ def _whole(
 class Group:
     """All replicated disks of a daemon. Commands run one at a time, in the order they came."""
 
-    def __init__(self, disks: Sequence[StandbyDisk], bus: EventBus) -> None:
+    def __init__(self, disks: Sequence[StandbyDisk]) -> None:
         self.disks = tuple(disks)
-        self._bus = bus
         self._turn = asyncio.Lock()
         self._torn = False
         """A checkpoint has failed after some disks had moved on."""

@@ -236,7 +236,7 @@ class FaultyDisk:
     def __init__(self, disk: StandbyDisk, faults: list[FaultNode], bus: EventBus) -> None:
         self.disk = disk
         self.secondary, self.hidden, self.active = faults
-        self.group = Group([disk], bus)
+        self.group = Group([disk])
 
     @classmethod
     async def open(cls, setup: Setup, bus: EventBus) -> FaultyDisk:
@@ -319,7 +319,7 @@ async def test_one_disk_that_cannot_be_flushed_does_not_keep_another_from_it(
         pair.append((setup, await FaultyDisk.open(setup, bus)))
     (_, good), (_, bad) = pair
     bad.secondary.fail("flush", errno.EIO)
-    group = Group([bad.disk, good.disk], bus)
+    group = Group([bad.disk, good.disk])
     await good.disk.primary.pwrite(0, b"durable")
     calls = good.secondary.calls
     with pytest.raises(OSError, match="could not be flushed"):
@@ -359,7 +359,7 @@ async def test_an_overlay_that_is_no_file_serves_as_well(setup: Setup) -> None:
     disk = StandbyDisk(
         "m", "m-top", secondary=secondary, hidden=hidden, active=active, bus=bus, jobs=JobRegistry()
     )
-    group = Group([disk], bus)
+    group = Group([disk])
     await group.start()
     await disk.primary.pwrite(0, b"x")
     assert await read_bytes(disk.standby, 0, 1) == b"\0"

@@ -71,7 +71,7 @@ class World:
             layout.suspends = True
             content = self.content[number]
             self.built.append(await build(f"d{number}", layout, bus, jobs, content))
-        self.group = Group([built.disk for built in self.built], bus)
+        self.group = Group([built.disk for built in self.built])
         await self.group.start()
 
     async def run(self, command: Awaitable[None]) -> tuple[int, int]:

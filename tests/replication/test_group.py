@@ -24,7 +24,7 @@ async def two_disks(*, sizes: tuple[int, int] = (SIZE, SIZE)) -> tuple[Group, li
         await build(f"d{number}", Layout(size=size), bus, jobs, random.randbytes(size))
         for number, size in enumerate(sizes)
     ]
-    return Group([each.disk for each in built], bus), built
+    return Group([each.disk for each in built]), built
 
 
 async def contents(built: list[Built]) -> list[bytearray]:
@@ -98,7 +98,7 @@ async def test_a_command_whose_caller_gives_up_is_done_whole() -> None:
             await build(f"t{turns}d{n}", Layout(size=SIZE, suspends=True), bus, jobs)
             for n in (0, 1)
         ]
-        group = Group([each.disk for each in built], bus)
+        group = Group([each.disk for each in built])
         await group.start()
         await write_both_sides(built)
         for command in (group.checkpoint, group.failover):

@@ -54,7 +54,7 @@ class Rehearsal:
             "d", "top", secondary=self.secondary, hidden=images[-2], active=images[-1],
             bus=EventBus(), jobs=self.jobs,
         )  # fmt: skip
-        self.group = Group([self.disk], EventBus())
+        self.group = Group([self.disk])
 
     async def create(self, file: BlockNode, *, backed: bool) -> None:
         cluster_size = self.rng.choice(CLUSTER_SIZES)

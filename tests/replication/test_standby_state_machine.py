@@ -61,7 +61,7 @@ class StandbyMachine(RuleBasedStateMachine):
             model = ModelDisk(SIZE, self.built[-1].disk.active.granularity)
             model.secondary[: len(content)] = content
             self.model.append(model)
-        self.group = Group([built.disk for built in self.built], self.bus)
+        self.group = Group([built.disk for built in self.built])
 
     @property
     def stage(self) -> str:
