@@ -12,6 +12,7 @@ something is listed.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -54,11 +55,17 @@ def main() -> None:
         _fail(f"replnbd: {exc}", 1)
     except BrokenPipeError:
         # Whoever read our output has seen enough (`replnbd status | head`).
-        sys.stderr.close()
+        _drop_output()
         sys.exit(1)
     except OSError as exc:
+        _drop_output()
         where = f"{exc.filename}: " if exc.filename else ""
         _fail(f"replnbd: {where}{exc.strerror or exc}", 1)
+
+
+def _drop_output() -> None:
+    """What is still buffered for stdout could not be written: do not try again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(text: str, code: int) -> None:

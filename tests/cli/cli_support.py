@@ -86,17 +86,17 @@ class Terminal:
     """A command on a terminal of 150 by 40; `text` is all that it has written there."""
 
     def __init__(self, *arguments: str, env: Mapping[str, str]) -> None:
-        self._master, slave = pty.openpty()
-        ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
+        self._terminal, their_end = pty.openpty()
+        ioctl(their_end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
         environment = os.environ | {"TERM": "xterm-256color"} | dict(env)
         for name in ("COLUMNS", "LINES", "NO_COLOR"):
             environment.pop(name, None)
         self.process = subprocess.Popen(
-            [*REPLNBD, *arguments], stdin=slave, stdout=slave, stderr=subprocess.PIPE,
+            [*REPLNBD, *arguments], stdin=their_end, stdout=their_end, stderr=subprocess.PIPE,
             env=environment,
         )  # fmt: skip
-        os.close(slave)
-        os.set_blocking(self._master, False)
+        os.close(their_end)
+        os.set_blocking(self._terminal, False)
         # An interrupt may cut a character in two, as it cuts everything that is being written.
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.text = ""
@@ -128,7 +128,7 @@ class Terminal:
     def _receive(self) -> bool:
         """Take what there is; False at the end."""
         try:
-            data = os.read(self._master, 65536)
+            data = os.read(self._terminal, 65536)
         except BlockingIOError:
             time.sleep(0.005)
             return True
@@ -145,4 +145,4 @@ class Terminal:
         self.process.wait()
         assert self.process.stderr is not None
         self.process.stderr.close()
-        os.close(self._master)
+        os.close(self._terminal)

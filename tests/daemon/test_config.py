@@ -259,8 +259,8 @@ def test_the_control_socket_is_where_the_environment_says(
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
     assert default_control() == "/run/user/1000/replnbd/qmp.sock"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    monkeypatch.setenv("HOME", "/home/x")
-    assert default_control() == "/home/x/.cache/replnbd/qmp.sock"
+    monkeypatch.setenv("HOME", "/users/x")
+    assert default_control() == "/users/x/.cache/replnbd/qmp.sock"
 
 
 def test_a_name_that_is_no_utf8_is_refused_by_its_key(tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ class Answer(NamedTuple):
         return self.error_class is None
 
 
+NEGOTIATION_S = 3.0
+"""QEMU may lose what a client says that connects while QEMU is still starting: then connect again,
+which `Process.reach` does."""
+
+
 class QmpClient:
     """One session, negotiated. `events` keeps every event that came between answers."""
 
@@ -38,13 +43,17 @@ class QmpClient:
         self._buffer = b""
         self._id = 0
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(timeout_s)
+        self._sock.settimeout(NEGOTIATION_S)
         try:
             self._sock.connect(str(path))
             self.greeting = self._receive()
             if "QMP" not in self.greeting:
                 raise PeerError(f"no QMP greeting: {self.greeting}")
             self.execute("qmp_capabilities")
+            self._sock.settimeout(timeout_s)
+        except TimeoutError as exc:
+            self._sock.close()
+            raise ConnectionRefusedError("no answer to qmp_capabilities") from exc
         except BaseException:
             self._sock.close()
             raise
