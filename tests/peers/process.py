@@ -74,7 +74,8 @@ class Process:
         while True:
             try:
                 return connect()
-            except (FileNotFoundError, ConnectionRefusedError) as exc:
+            except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as exc:
+                # Reset: it listened, and died, or dropped us while it was still starting.
                 if not self.running or time.monotonic() > deadline:
                     raise PeerError(self.failure(f"does not listen: {exc}")) from None
             time.sleep(0.005)
