@@ -59,9 +59,10 @@ install_packages() {
     rm -f "$log"
 }
 
-# make_venv [EXTRA]  .venv with replnbd in it (editable). A stamp makes the second run instant.
+# make_venv [EXTRA]  .venv with replnbd in it (editable) and what EXTRA needs. A stamp makes the
+# second run instant: the hash of what .venv was made for, and the extras it has.
 make_venv() {
-    local extra="${1:-}" python wanted
+    local extra="${1:-}" python wanted stamp
     python="$(find_python)" || exit 1
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         # Debian splits these two off; only its own python3 gets them from the package.
@@ -73,15 +74,16 @@ make_venv() {
     wanted="$("$python" -c 'import hashlib, os, sys
 text = open("pyproject.toml", "rb").read() + os.getcwd().encode() + sys.version.encode()
 print(hashlib.sha256(text).hexdigest())')"
-    if .venv/bin/python -c '' 2>/dev/null &&
-        { [ "$(cat .venv/stamp 2>/dev/null)" = "$wanted $extra" ] ||
-            { [ -z "$extra" ] && [ "$(cut -d' ' -f1 .venv/stamp 2>/dev/null)" = "$wanted" ]; }; }; then
+    stamp="$(cat .venv/stamp 2>/dev/null || true)"
+    if [ "${stamp%% *}" != "$wanted" ] || ! .venv/bin/python -c '' 2>/dev/null; then
+        say "Setting up .venv with $("$python" -V)"
+        rm -rf .venv
+        "$python" -m venv .venv
+        stamp=""
+    elif [ -z "$extra" ] || [[ " $stamp " == *" $extra "* ]]; then
         return
     fi
-    say "Setting up .venv with $("$python" -V)"
-    rm -rf .venv
-    "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --no-input -e ".${extra:+[$extra]}" ||
         die "pip could not install replnbd and what it needs (see above)"
-    printf '%s %s\n' "$wanted" "$extra" >.venv/stamp
+    printf '%s\n' "${stamp:-$wanted}${extra:+ $extra}" >.venv/stamp
 }

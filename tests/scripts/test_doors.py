@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -40,19 +39,6 @@ def test_the_quickstart_shows_the_main_job_and_leaves_nothing_behind(tmp_path: P
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("    ok: ") == 12
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.interop
-@pytest.mark.slow
-def test_the_bench_measures_both_servers_and_gives_the_ratio(tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    options = ["--repeat", "1", "--runtime", "0.2", "--size", "16", "--clusters", "100", "--cell"]
-    command = ["scripts/bench", *options, "primary first touch", "--json", str(figures)]
-    done = run(command, tmp_path, 120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    cell = json.loads(figures.read_text())["requests-per-s"]["primary first touch"]
-    assert cell["ratio"] == cell["replnbd"]["median"] / cell["qemu"]["median"]
-    assert set(json.loads(figures.read_text())["memory"]) == {"qemu", "replnbd"}
 
 
 def test_missing_packages_are_named_in_one_line_for_who_cannot_install_them() -> None:
