@@ -1,0 +1,155 @@
+"""What one slow disk does to everybody else: latency of another export and of QMP commands.
+
+A daemon serves two disks. A client reads, writes and flushes 4 KiB of the second disk, and a
+manager asks for the status, one at a time, for some seconds: first alone, then while 32 clients
+wait for the first disk, each request of which takes 50 ms. Bar: a p99 of 5 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import uvloop
+from nbd_client import NbdClient
+
+from replnbd.control import ControlClient
+from replnbd.daemon import Config, Daemon, DiskConfig, ServerConfig, check_config
+from replnbd.errors import ConfigError
+from replnbd.filters import DelayNode
+from replnbd.server import Export
+
+DELAY_S = 0.05
+CLIENTS = 32
+RUNTIME_S = 3.0
+DISK_SIZE = 64 << 20
+REQUEST_SIZE = 4096
+READY_S = 20.0
+
+_spawn = get_context("spawn")
+
+
+def serve(folder: Path) -> None:
+    """The daemon's process: disks "slow" and "well", and an export "delay" of the first one through
+    a DelayNode. fdatasync of the first one's file takes 50 ms, in a thread as on a real disk."""
+    disks = [
+        DiskConfig(name=name, mode="secondary", top_id=f"{name}-top", secondary=f"{name}.raw")
+        for name in ("slow", "well")
+    ]
+    slow_file = os.stat(folder / "slow.raw")
+    fdatasync = os.fdatasync
+
+    def slow_fdatasync(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), slow_file):
+            time.sleep(DELAY_S)
+        fdatasync(fd)
+
+    async def run(config: Config) -> None:
+        async with Daemon(config) as daemon:
+            await daemon.group.start()
+            slow = daemon.group.disks[0].primary
+            daemon.server.add_export(Export("delay", DelayNode("delay", slow, DELAY_S)))
+            await asyncio.Event().wait()
+
+    os.fdatasync = slow_fdatasync  # type: ignore[assignment]
+    server = ServerConfig(listen=[f"nbd+unix:///?socket={folder}/nbd"], control=f"{folder}/qmp")
+    uvloop.run(run(check_config(Config(server=server, disk=disks), folder)))
+
+
+def use(folder: Path, export: str, command: str) -> None:
+    """The slow disk's clients' process: each sends one `command` after the other, for ever."""
+
+    def client() -> None:
+        with NbdClient(f"{folder}/nbd", export) as disk:
+            while True:
+                disk.read(0, REQUEST_SIZE) if command == "read" else disk.flush()
+
+    for _ in range(CLIENTS):
+        threading.Thread(target=client, daemon=True).start()
+    threading.Event().wait()
+
+
+@contextmanager
+def process(function: Callable[..., None], *args: object) -> Iterator[BaseProcess]:
+    """A process that runs `function` until the block ends."""
+    running = _spawn.Process(target=function, args=args, daemon=True)
+    running.start()
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.join()
+
+
+def connect(path: str) -> ControlClient:
+    """The daemon's control socket, once the daemon is ready."""
+    deadline = time.monotonic() + READY_S
+    while True:
+        try:
+            return ControlClient(path)
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def measure(folder: Path, control: ControlClient) -> dict[str, list[float]]:
+    """Seconds that each request and command took, in order of length."""
+    took: dict[str, list[float]] = {}
+    data = os.urandom(REQUEST_SIZE)
+    with NbdClient(f"{folder}/nbd", "well") as disk:
+        calls: dict[str, Callable[[], object]] = {
+            "read": lambda: disk.read(0, REQUEST_SIZE),
+            "write": lambda: disk.write(0, data),
+            "flush": disk.flush,
+            "QMP": lambda: control.execute("x-replnbd-status"),
+        }
+        end = time.monotonic() + RUNTIME_S
+        while time.monotonic() < end:
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                took.setdefault(name, []).append(time.perf_counter() - start)
+    return {name: sorted(times) for name, times in took.items()}
+
+
+def main() -> None:
+    """Measure alone, and under each load."""
+    loads = {
+        "alone": None,
+        "reads of a DelayNode": ("delay", "read"),
+        "flushes of a DelayNode": ("delay", "flush"),
+        "flushes in threads": ("slow", "flush"),
+    }
+    print(f"{'ms: median / p99 / max':24}{'read':>24}{'write':>24}{'flush':>24}{'QMP':>24}")
+    with tempfile.TemporaryDirectory(prefix="replnbd-") as name:
+        folder = Path(name)
+        for disk in ("slow", "well"):
+            with open(folder / f"{disk}.raw", "wb") as file:
+                file.truncate(DISK_SIZE)
+        with process(serve, folder), connect(f"{folder}/qmp") as control:
+            for load, arguments in loads.items():
+                if arguments is None:
+                    took = measure(folder, control)
+                else:
+                    with process(use, folder, *arguments):
+                        time.sleep(1)  # until all of them wait
+                        took = measure(folder, control)
+                shown = (
+                    f"{t[len(t) // 2] * 1e3:.2f} / {t[len(t) * 99 // 100] * 1e3:.2f}"
+                    f" / {t[-1] * 1e3:.1f}"
+                    for t in took.values()
+                )
+                print(f"{load:24}" + "".join(f"{text:>24}" for text in shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()
