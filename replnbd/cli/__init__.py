@@ -3,7 +3,8 @@
     serve.py      serve, secondary: run a daemon in the foreground
     commands.py   start, checkpoint, stop, failover, reset, status, jobs: over the control socket
     image.py      image create, info, check, map: images without a daemon
-    show.py       how things look on a terminal, and as plain lines elsewhere
+    show.py       how things look as plain lines and as JSON
+    terminal.py   and on a terminal: tables, and things that move
 
 Laws. Exit code 0: done; 1: failed, with one line on stderr that says what and what to do; 2: the
 command line itself was wrong. Never a traceback but for a bug of ours. `--json` wherever

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import click
-from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from replnbd.cli import show
 from replnbd.control import ControlClient
@@ -119,20 +118,23 @@ def status(control: str, as_json: bool, watch: bool, interval: float) -> None:
             answer: dict[str, Any] = client.execute("x-replnbd-status")
             return answer
 
-        if not watch:
-            answer = ask()
-            show.json(answer) if as_json else show.status(answer)
-            return
+        on_terminal = sys.stdout.isatty() and not as_json
+        if on_terminal:
+            from replnbd.cli import terminal
         try:
-            if as_json or not sys.stdout.isatty():
-                while True:
-                    answer = ask()
-                    show.json(answer, indent=None) if as_json else show.status(answer)
-                    time.sleep(interval)
-            with Live(show.status_table(ask()), auto_refresh=False) as live:
-                while True:
-                    time.sleep(interval)
-                    live.update(show.status_table(ask()), refresh=True)
+            if watch and on_terminal:
+                terminal.watch_status(ask, interval)
+            while True:
+                answer = ask()
+                if as_json:
+                    show.json(answer, indent=None if watch else 2)
+                elif on_terminal:
+                    terminal.status(answer)
+                else:
+                    show.status(answer)
+                if not watch:
+                    return
+                time.sleep(interval)
         except KeyboardInterrupt:
             return
 
@@ -154,23 +156,16 @@ def _say_stages(client: ControlClient) -> None:
 
 def _wait_for_commit(client: ControlClient) -> None:
     """Until no disk is in stage *failover*; StateError if one has failed."""
-    columns = (
-        TextColumn("{task.description}", markup=False),  # a disk may be called "[red]"
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bars:
-        rows = {}
+    with ExitStack() as undo:
+        bars = None
+        if sys.stdout.isatty():
+            from replnbd.cli.terminal import CommitBars
+
+            bars = undo.enter_context(CommitBars())
         while True:
             disks = client.execute("x-replnbd-status")["disks"]
-            for disk in disks:
-                name, job = disk["name"], disk["job"]
-                if name not in rows:
-                    rows[name] = bars.add_task(f"commit {name}", total=None)
-                if job is not None:
-                    done, total = job["current-progress"], job["total-progress"]
-                    bars.update(rows[name], completed=done, total=max(done, total))
+            if bars is not None:
+                bars.update(disks)
             if all(disk["stage"] != "failover" for disk in disks):
                 break
             time.sleep(_POLL_S)
