@@ -7,6 +7,8 @@ unallocated ranges show its *backing* node. An *extent* is a run of bytes in one
 Laws.
 1. Every operation is a coroutine, and starts eagerly: whoever calls it may drive it with
    `coro.send(None)`. Nearly always it finishes without suspending, and then it was atomic.
+   `pread_nowait` and `pwrite_nowait` are the same operations for whoever is in a hurry: one plain
+   call that has done it, or says False. A node that has them still does everything without them.
 2. Requests are validated once, where a peer's bytes enter (the NBD server, the public API):
    inside, `0 <= offset`, `offset + length <= size` and `length > 0` hold, and may be asserted.
 3. An operation fails with OSError; `errno` decides what the client is told.

@@ -65,8 +65,7 @@ class FileNode(BlockNode):
         self._flush_failure: int | None = None
         self._turns = asyncio.Semaphore(CALLS_MAX)
         # tmpfs has no RWF_NOWAIT and never waits for a disk; others that lack it go to a thread.
-        self._in_memory = _on_memory_filesystem(fd)
-        self._read_flags: int | None = 0 if self._in_memory else os.RWF_NOWAIT
+        self._read_flags = 0 if _on_memory_filesystem(fd) else os.RWF_NOWAIT
 
     @classmethod
     def open(
@@ -95,32 +94,34 @@ class FileNode(BlockNode):
             raise
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
-        flags = self._read_flags
-        done = 0
-        if flags is not None:
-            try:
-                done = os.preadv(self._fd, (buffer,), offset, flags)
-            except BlockingIOError:
-                pass
-            except OSError as exc:
-                if exc.errno != errno.EOPNOTSUPP:
-                    raise
-                self._read_flags = None
-        if done != len(buffer):
-            await self._in_thread(_read_all, self._fd, offset + done, buffer[done:])
+        if not self.pread_nowait(offset, buffer):
+            await self._in_thread(_read_all, self._fd, offset, buffer)
+
+    def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
+        try:
+            return os.preadv(self._fd, (buffer,), offset, self._read_flags) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            if exc.errno != errno.EOPNOTSUPP:
+                raise
+            return False
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
+        if not self.pwrite_nowait(offset, data):
+            await self._in_thread(_write_all, self._fd, offset, data)
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
         length = len(data)
         if length <= WRITE_SLICE:
             done = os.pwrite(self._fd, data, offset)
-            if done == length:
-                return
-            data = memoryview(data)[done:]
-            offset += done
-        if length <= WRITE_INLINE_MAX:
+            if done != length:
+                _write_all(self._fd, offset + done, memoryview(data)[done:])
+        elif length <= WRITE_INLINE_MAX:
             _write_all(self._fd, offset, data)
         else:
-            await self._in_thread(_write_all, self._fd, offset, data)
+            return False
+        return True
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

@@ -16,14 +16,22 @@ class MemoryNode(BlockNode):
         self.data = bytearray(size)
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
+        MemoryNode.pread_nowait(self, offset, buffer)
+
+    def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
         part = self.data[offset : offset + len(buffer)]
         buffer[: len(part)] = part
         if len(part) < len(buffer):
             buffer[len(part) :] = bytes(len(buffer) - len(part))
+        return True
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
+        MemoryNode.pwrite_nowait(self, offset, data)
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
         self._grow(offset + len(data))
         self.data[offset : offset + len(data)] = data
+        return True
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

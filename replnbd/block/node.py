@@ -37,6 +37,13 @@ class BlockNode(ABC):
     driver: str
     """QEMU's name for the kind of node: "file", "qcow2", "replication", ..."""
 
+    def __init_subclass__(cls) -> None:
+        # Whoever overrides an operation means all of its calls: a twin that is inherited would
+        # pass by what the override does.
+        for operation in ("pread", "pwrite"):
+            if operation in vars(cls) and f"{operation}_nowait" not in vars(cls):
+                setattr(cls, f"{operation}_nowait", getattr(BlockNode, f"{operation}_nowait"))
+
     @abstractmethod
     async def pread(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes at `offset`."""
@@ -44,6 +51,18 @@ class BlockNode(ABC):
     @abstractmethod
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """Store `data` at `offset`. Durable only after a flush; visible to readers at once."""
+
+    def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
+        """`pread`, if it need not wait for anything: True: done. False: nothing has happened
+        (`buffer` may have changed), and the caller goes on with `pread`. OSError: it failed.
+
+        What makes a request cheap: no coroutine (0.3 µs a layer), no lock, because it is atomic.
+        """
+        return False
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        """`pwrite`, if it need not wait for anything; as `pread_nowait`."""
+        return False
 
     @abstractmethod
     async def write_zeroes(
@@ -93,6 +112,11 @@ class OverlayNode(BlockNode):
         """Whether the byte at `offset` is allocated in this layer (data or zeroes), and for how
         many bytes from there, at least 1 and at most `length`, the same answer holds."""
 
+    def allocated_nowait(self, offset: int, length: int) -> bool | None:
+        """Whether the whole range is allocated in this layer (True) or nothing of it is (False);
+        None: neither, or not to be told without waiting."""
+        return None
+
     @abstractmethod
     async def drop(self, offset: int, length: int) -> None:
         """Make an aligned range unallocated: from now on it shows `backing` again.
@@ -125,8 +149,14 @@ class PassThrough(BlockNode):
     async def pread(self, offset: int, buffer: memoryview) -> None:
         await self.file.pread(offset, buffer)
 
+    def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
+        return self.file.pread_nowait(offset, buffer)
+
     async def pwrite(self, offset: int, data: Buffer) -> None:
         await self.file.pwrite(offset, data)
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        return self.file.pwrite_nowait(offset, data)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

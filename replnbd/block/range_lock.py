@@ -24,19 +24,27 @@ class RangeLock:
     they touch the same cluster.
     """
 
-    __slots__ = ("_held", "_next", "_shift", "_waiters")
+    __slots__ = ("_next", "_shift", "_waiters", "held")
 
     def __init__(self, granularity: int = 1) -> None:
         assert granularity > 0
         assert granularity & (granularity - 1) == 0
         self._shift = granularity.bit_length() - 1
-        self._held: dict[int, tuple[int, int, bool]] = {}
+        self.held: dict[int, tuple[int, int, bool]] = {}
+        """By key: start, end, exclusive; of holders and of those who wait. Empty nearly always."""
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
         self._next = 0
 
     def __bool__(self) -> bool:
         """Whether anyone holds or waits for a range."""
-        return bool(self._held)
+        return bool(self.held)
+
+    def is_free(self, offset: int, length: int, exclusive: bool) -> bool:
+        """Whether `acquire` would not wait. Then an operation that does not suspend may go ahead
+        without the lock; whoever is in a hurry asks `held` first."""
+        start = offset >> self._shift
+        end = ((offset + length - 1) >> self._shift) + 1
+        return not any(s < end and start < e and (exclusive or x) for s, e, x in self.held.values())
 
     async def acquire(self, offset: int, length: int, exclusive: bool) -> int:
         """Wait until no earlier request conflicts; returns the key for `release`.
@@ -46,7 +54,7 @@ class RangeLock:
         shift = self._shift
         start = offset >> shift
         end = ((offset + length - 1) >> shift) + 1
-        held = self._held
+        held = self.held
         key = self._next
         self._next = key + 1
         if not held:
@@ -68,7 +76,7 @@ class RangeLock:
 
     def release(self, key: int) -> None:
         """Give a range back and wake who waited for it."""
-        del self._held[key]
+        del self.held[key]
         if self._waiters:
             for future in self._waiters.pop(key, ()):
                 if not future.done():

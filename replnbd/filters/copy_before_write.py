@@ -25,6 +25,10 @@ COPY_MAX = 1 << 20
 """Bytes in memory at a time, and how long the loop is busy with one copy (about 0.4 ms)."""
 
 
+SCRATCH_BYTES = 256 * 1024
+"""Old data that is saved at once, without waiting, through one buffer that is used again."""
+
+
 class CopyBeforeWrite(PassThrough):
     """Saves whole subclusters (`target.granularity`) of old data, and only those not saved yet."""
 
@@ -35,6 +39,22 @@ class CopyBeforeWrite(PassThrough):
         self.target = target
         self.bytes_copied = 0
         self._mask = target.granularity - 1
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        mask = self._mask
+        start = offset & ~mask
+        length = ((offset + len(data) + mask) & ~mask) - start
+        target = self.target
+        allocated = target.allocated_nowait(start, length)
+        if not allocated:
+            if allocated is None or length > SCRATCH_BYTES or start + length > self.size:
+                return False
+            old = self._scratch[:length]
+            if not (self.file.pread_nowait(start, old) and target.pwrite_nowait(start, old)):
+                return False
+            self.bytes_copied += length
+        return self.file.pwrite_nowait(offset, data)
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         await self._save(offset, len(data))

@@ -53,9 +53,17 @@ class FaultNode(PassThrough):
         self._check("pread", offset, len(buffer))
         await self.file.pread(offset, buffer)
 
+    def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
+        self._check("pread", offset, len(buffer))
+        return self.file.pread_nowait(offset, buffer)
+
     async def pwrite(self, offset: int, data: Buffer) -> None:
         self._check("pwrite", offset, len(data))
         await self.file.pwrite(offset, data)
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        self._check("pwrite", offset, len(data))
+        return self.file.pwrite_nowait(offset, data)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

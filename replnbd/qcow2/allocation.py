@@ -68,6 +68,14 @@ class Allocator:
 
     # Taking
 
+    def allocate_nowait(self) -> int:
+        """The host offset of one cluster; 0 if a new run must be taken first."""
+        first = self._next
+        if first == self._run_end:
+            return 0
+        self._next = first + 1
+        return first << self.host.cluster_bits
+
     async def allocate(self, count: int) -> tuple[int, int]:
         """(host offset, number) of contiguous clusters: at least one, at most `count`."""
         first = self._next

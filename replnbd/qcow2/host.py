@@ -79,6 +79,10 @@ class HostFile:
         self.metadata.difference_update(clusters)
         self.tables.difference_update(clusters)
 
+    def forbids(self, offset: int) -> bool:
+        """Whether no cluster of data can be at host offset `offset`."""
+        return not offset or offset >= self.end or offset in self.metadata
+
     def check_writable(self) -> None:
         """OSError if the image must not be changed: EROFS read-only, EIO found corrupt."""
         if self.read_only:

@@ -5,10 +5,10 @@ So a cluster's entry does not change under whoever holds its range, and no clust
 another guest offset while somebody reads it. Lock order: range, then Allocator.settling,
 then HostFile.lock.
 
-The fast paths are the requests that need no metadata: reads of allocated or unallocated
-subclusters and rewrites in place, within one cluster. They repeat what `Mapping.entry` and
-`Image.extent` do, for the sake of a microsecond each; everything else goes to `read`, `write`,
-`zeroes`, `status` and `empty`.
+The fast paths are the `_nowait` operations: requests within one cluster that find what they need in
+memory, and need no lock because nothing can happen between their first and their last step. They
+repeat what `Mapping.entry` and `Image.extent` do, for the sake of a microsecond each; everything
+else goes to `read`, `write`, `zeroes`, `status` and `empty`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from replnbd.block import BlockNode, Buffer, Extent, OverlayNode, RangeLock
 from replnbd.block.range_lock import EVERYTHING
 from replnbd.errors import StateError
 from replnbd.qcow2 import empty, status, zeroes
-from replnbd.qcow2.entries import COPIED, OFFSET_MASK
+from replnbd.qcow2.entries import COPIED, OFFSET_MASK, ZERO_SHIFT
 from replnbd.qcow2.format import Header
 from replnbd.qcow2.read import read_range
 from replnbd.qcow2.state import Image
-from replnbd.qcow2.write import write_range
+from replnbd.qcow2.write import first_touch_nowait, write_range
 
 _BOTH = (1 << 32) + 1
 """Times a mask of subclusters: their allocated bits and their zero bits."""
@@ -65,77 +65,89 @@ class Qcow2Node(OverlayNode):
 
     # Data
 
-    async def pread(self, offset: int, buffer: memoryview) -> None:
+    def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
         length = len(buffer)
         ranges = self._ranges
-        key = await ranges.acquire(offset, length, False)
+        if ranges.held and not ranges.is_free(offset, length, False):
+            return False
+        inside = offset & self._cluster_mask
+        if inside + length > self._cluster_size:
+            return False
+        cluster = offset >> self._cluster_bits
+        words = self._slices.get(cluster >> self._slice_bits)
+        if words is None:
+            if self._mapping.l1[cluster >> self._l1_shift]:
+                return False
+        else:
+            if self._extended:
+                index = (cluster & self._slice_mask) << 1
+                descriptor = words[index]
+                mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (
+                    1 << (inside >> self._sub_bits)
+                )
+                state = words[index + 1] & mask * _BOTH
+            else:
+                descriptor = words[cluster & self._slice_mask]
+                mask = 1
+                state = 1 if descriptor & OFFSET_MASK else 0
+            if descriptor & self._invalid:
+                return False
+            if state:
+                host = descriptor & OFFSET_MASK
+                if state != mask or not host or host >= self._host.end:
+                    return False
+                if host in self._host.metadata:
+                    return False
+                return self.file.pread_nowait(host + inside, buffer)
+        if offset + length > self._backing_size:
+            return False
+        return self.backing.pread_nowait(offset, buffer)  # type: ignore[union-attr]
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        if self.pread_nowait(offset, buffer):
+            return
+        key = await self._ranges.acquire(offset, len(buffer), False)
         try:
-            inside = offset & self._cluster_mask
-            cluster = offset >> self._cluster_bits
-            words = self._slices.get(cluster >> self._slice_bits)
-            if words is None:
-                if (
-                    not self._mapping.l1[cluster >> self._l1_shift]
-                    and inside + length <= self._cluster_size
-                    and offset + length <= self._backing_size
-                ):
-                    await self.backing.pread(offset, buffer)  # type: ignore[union-attr]
-                    return
-            elif inside + length <= self._cluster_size:
-                if self._extended:
-                    index = (cluster & self._slice_mask) << 1
-                    descriptor = words[index]
-                    mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (
-                        1 << (inside >> self._sub_bits)
-                    )
-                    state = words[index + 1] & mask * _BOTH
-                else:
-                    descriptor = words[cluster & self._slice_mask]
-                    mask = 1
-                    state = 1 if descriptor & OFFSET_MASK else 0
-                if not descriptor & self._invalid:
-                    if state == mask:
-                        host = descriptor & OFFSET_MASK
-                        if host and host < self._host.end and host not in self._host.metadata:
-                            await self.file.pread(host + inside, buffer)
-                            return
-                    elif not state and offset + length <= self._backing_size:
-                        await self.backing.pread(offset, buffer)  # type: ignore[union-attr]
-                        return
             await read_range(self._image, offset, buffer)
         finally:
-            ranges.release(key)
+            self._ranges.release(key)
 
-    async def pwrite(self, offset: int, data: Buffer) -> None:
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
         length = len(data)
         host = self._host
-        if host.read_only or host.corrupt:
-            host.check_writable()
         ranges = self._ranges
-        key = await ranges.acquire(offset, length, True)
+        if ranges.held and not ranges.is_free(offset, length, True):
+            return False
+        inside = offset & self._cluster_mask
+        cluster = offset >> self._cluster_bits
+        words = self._slices.get(cluster >> self._slice_bits)
+        if words is None or inside + length > self._cluster_size or host.corrupt or host.read_only:
+            return False
+        if self._extended:
+            index = (cluster & self._slice_mask) << 1
+            descriptor = words[index]
+            mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (
+                1 << (inside >> self._sub_bits)
+            )
+            rewrite = words[index + 1] & mask * _BOTH == mask
+        else:
+            descriptor = words[cluster & self._slice_mask]
+            rewrite = descriptor & OFFSET_MASK != 0
+        if rewrite and descriptor & self._invalid_for_rewrite == COPIED:
+            place = descriptor & OFFSET_MASK
+            if place and place < host.end and place not in host.metadata:
+                return self.file.pwrite_nowait(place + inside, data)
+        return first_touch_nowait(self._image, offset, data)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        self._host.check_writable()
+        if self.pwrite_nowait(offset, data):
+            return
+        key = await self._ranges.acquire(offset, len(data), True)
         try:
-            inside = offset & self._cluster_mask
-            cluster = offset >> self._cluster_bits
-            words = self._slices.get(cluster >> self._slice_bits)
-            if words is not None and inside + length <= self._cluster_size:
-                if self._extended:
-                    index = (cluster & self._slice_mask) << 1
-                    descriptor = words[index]
-                    mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (
-                        1 << (inside >> self._sub_bits)
-                    )
-                    rewrite = words[index + 1] & mask * _BOTH == mask
-                else:
-                    descriptor = words[cluster & self._slice_mask]
-                    rewrite = True
-                if rewrite and descriptor & self._invalid_for_rewrite == COPIED:
-                    place = descriptor & OFFSET_MASK
-                    if place and place < host.end and place not in host.metadata:
-                        await self.file.pwrite(place + inside, data)
-                        return
             await write_range(self._image, offset, data)
         finally:
-            ranges.release(key)
+            self._ranges.release(key)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
@@ -172,27 +184,30 @@ class Qcow2Node(OverlayNode):
     # Overlay
 
     async def allocated(self, offset: int, length: int) -> tuple[bool, int]:
-        # The answer is of this instant: no range is held. Fast for what one cluster answers.
+        # The answer is of this instant: no range is held.
+        allocated = self.allocated_nowait(offset, length)
+        if allocated is not None:
+            return allocated, length
+        return await status.allocated(self._image, offset, length)
+
+    def allocated_nowait(self, offset: int, length: int) -> bool | None:
         cluster = offset >> self._cluster_bits
         inside = offset & self._cluster_mask
-        if self._extended and inside + length <= self._cluster_size:
-            words = self._slices.get(cluster >> self._slice_bits)
-            if words is None:
-                if not self._mapping.l1[cluster >> self._l1_shift]:
-                    return False, length
-            else:
-                index = (cluster & self._slice_mask) << 1
-                if not words[index] & self._invalid:
-                    mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (
-                        1 << (inside >> self._sub_bits)
-                    )
-                    bitmap = words[index + 1]
-                    state = (bitmap | bitmap >> 32) & mask
-                    if state == mask:
-                        return True, length
-                    if not state:
-                        return False, length
-        return await status.allocated(self._image, offset, length)
+        if inside + length > self._cluster_size:
+            return None
+        words = self._slices.get(cluster >> self._slice_bits)
+        if words is None:
+            return None if self._mapping.l1[cluster >> self._l1_shift] else False
+        if not self._extended:
+            descriptor = words[cluster & self._slice_mask]
+            return None if descriptor & self._invalid else descriptor != 0
+        index = (cluster & self._slice_mask) << 1
+        if words[index] & self._invalid:
+            return None
+        mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (1 << (inside >> self._sub_bits))
+        bitmap = words[index + 1]
+        state = (bitmap | bitmap >> ZERO_SHIFT) & mask
+        return state == mask if state == mask or not state else None
 
     async def drop(self, offset: int, length: int) -> None:
         self._host.check_writable()

@@ -36,6 +36,22 @@ class GateNode(BlockNode):
         """Changed through this gate since the owner last set it to 0."""
         self._ranges = ranges
 
+    def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
+        ranges = self._ranges
+        if ranges.held and not ranges.is_free(offset, len(buffer), False):
+            return False
+        return self.target.pread_nowait(offset, buffer)
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        ranges = self._ranges
+        length = len(data)
+        if ranges.held and not ranges.is_free(offset, length, True):
+            return False
+        if not self.target.pwrite_nowait(offset, data):
+            return False
+        self.bytes_written += length
+        return True
+
     async def pread(self, offset: int, buffer: memoryview) -> None:
         key = await self._ranges.acquire(offset, len(buffer), False)
         try:

@@ -251,27 +251,32 @@ class Connection(asyncio.BufferedProtocol):
                     break
             at = outbox.at
             reply = outbox.slab
-            if command == CMD_READ:
-                inbox.start = body
-                running = node.pread(offset, reply.view[at + SIMPLE_REPLY_SIZE : at + reply_size])
-            else:
-                inbox.start = body + length
-                running = node.pwrite(offset, received.view[body : body + length])
             try:
-                waiting = running.send(None)
+                if command == CMD_READ:
+                    inbox.start = body
+                    place = reply.view[at + SIMPLE_REPLY_SIZE : at + reply_size]
+                    if not node.pread_nowait(offset, place):
+                        waiting = (running := node.pread(offset, place)).send(None)
+                        request = Request(flags, command, cookie, offset, length)
+                        self._carry(running, waiting, request, outbox.lend(at + reply_size), reply)
+                        continue
+                else:
+                    inbox.start = body + length
+                    payload = received.view[body : body + length]
+                    if not node.pwrite_nowait(offset, payload):
+                        waiting = (running := node.pwrite(offset, payload)).send(None)
+                        request = Request(flags, command, cookie, offset, length)
+                        self._carry(running, waiting, request, None, received)
+                        continue
             except StopIteration:
-                pack_simple_reply_into(reply.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
-                outbox.at = at + reply_size
-                operations[command] += 1
-                volume[command] += length
+                pass  # pread or pwrite has ended without suspending
             except (Exception, asyncio.CancelledError) as exc:
                 self._put(self.export.failed(exc, command, flags, self._bus), cookie)
-            else:
-                request = Request(flags, command, cookie, offset, length)
-                if command == CMD_READ:
-                    self._carry(running, waiting, request, outbox.lend(at + reply_size), reply)
-                else:
-                    self._carry(running, waiting, request, None, received)
+                continue
+            pack_simple_reply_into(reply.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
+            outbox.at = at + reply_size
+            operations[command] += 1
+            volume[command] += length
         else:
             self._hold = True
             self._loop.call_soon(self._release)

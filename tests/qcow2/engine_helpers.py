@@ -277,6 +277,19 @@ class Failing(PassThrough):
             raise self._error()
         await super().pread(offset, buffer)
 
+    def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
+        if self._due():
+            raise self._error()
+        return self.file.pread_nowait(offset, buffer)
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        if self._due():
+            whole = bytes(data)
+            part = {"none": 0, "half": len(whole) // 2 & ~7, "all": len(whole)}[self.torn]
+            assert not part or self.file.pwrite_nowait(offset, whole[:part])
+            raise self._error()
+        return self.file.pwrite_nowait(offset, data)
+
     async def pwrite(self, offset: int, data: Buffer) -> None:
         if self._due():
             whole = bytes(data)
@@ -314,6 +327,11 @@ class Recording(PassThrough):
 
     def _keep(self) -> None:
         self.states.append(copy_of(self.memory))
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        done = self.file.pwrite_nowait(offset, data)
+        self._keep()
+        return done
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         await super().pwrite(offset, data)
