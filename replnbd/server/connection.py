@@ -229,7 +229,10 @@ class Connection(asyncio.BufferedProtocol):
         """The loop that everything is about: plain READs and WRITEs run here, in line."""
         inbox, outbox, node, size = self._inbox, self._outbox, self.export.node, self._size
         received = inbox.slab
-        operations, volume = [0, 0], [0, 0]  # by command: CMD_READ is 0, CMD_WRITE is 1
+        # By command: CMD_READ is 0, CMD_WRITE is 1.
+        nowait = node.pread_nowait, node.pwrite_nowait
+        eager = node.pread, node.pwrite
+        operations, volume = [0, 0], [0, 0]
         for _ in range(BATCH_REQUESTS_MAX):
             start, end = inbox.start, inbox.end
             if end - start < REQUEST_SIZE or self._hold:
@@ -251,27 +254,26 @@ class Connection(asyncio.BufferedProtocol):
                     break
             at = outbox.at
             reply = outbox.slab
+            if command == CMD_READ:
+                inbox.start = body
+                place = reply.view[at + SIMPLE_REPLY_SIZE : at + reply_size]
+            else:
+                inbox.start = body + length
+                place = received.view[body : body + length]
             try:
-                if command == CMD_READ:
-                    inbox.start = body
-                    place = reply.view[at + SIMPLE_REPLY_SIZE : at + reply_size]
-                    if not node.pread_nowait(offset, place):
-                        waiting = (running := node.pread(offset, place)).send(None)
-                        request = Request(flags, command, cookie, offset, length)
+                if not nowait[command](offset, place):
+                    running = eager[command](offset, place)
+                    waiting = running.send(None)
+                    request = Request(flags, command, cookie, offset, length)
+                    if command == CMD_READ:
                         self._carry(running, waiting, request, outbox.lend(at + reply_size), reply)
-                        continue
-                else:
-                    inbox.start = body + length
-                    payload = received.view[body : body + length]
-                    if not node.pwrite_nowait(offset, payload):
-                        waiting = (running := node.pwrite(offset, payload)).send(None)
-                        request = Request(flags, command, cookie, offset, length)
+                    else:
                         self._carry(running, waiting, request, None, received)
-                        continue
+                    continue
             except StopIteration:
-                pass  # pread or pwrite has ended without suspending
+                pass  # it has ended without suspending
             except (Exception, asyncio.CancelledError) as exc:
-                self._put(self.export.failed(exc, command, flags, self._bus), cookie)
+                outbox.put(self.export.failed(exc, command, flags, self._bus), cookie)
                 continue
             pack_simple_reply_into(reply.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
             outbox.at = at + reply_size
@@ -282,14 +284,6 @@ class Connection(asyncio.BufferedProtocol):
             self._loop.call_soon(self._release)
         for command in (CMD_READ, CMD_WRITE):
             self.export.stats.count(command, operations[command], volume[command])
-
-    def _put(self, error: int, cookie: int) -> None:
-        """Pack a reply without payload into the outbox."""
-        outbox = self._outbox
-        if outbox.at + SIMPLE_REPLY_SIZE > outbox.limit:
-            outbox.turn()
-        pack_simple_reply_into(outbox.slab.buffer, outbox.at, SIMPLE_REPLY_MAGIC, error, cookie)
-        outbox.at += SIMPLE_REPLY_SIZE
 
     # Section: requests off the common path
 
@@ -320,7 +314,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             inbox.start += REQUEST_SIZE
         if error or (not length and command != c.CMD_FLUSH):
-            self._put(error, cookie)
+            self._outbox.put(error, cookie)
             if error and command == CMD_WRITE:
                 return self._refuse_payload(length)
             return True
@@ -348,13 +342,13 @@ class Connection(asyncio.BufferedProtocol):
         except StopIteration:
             self.export.stats.count(request.command, 1, request.length)
             if reply is None:
-                self._put(0, request.cookie)
+                self._outbox.put(0, request.cookie)
                 self._pool.give(slab)
             else:
                 self._send(reply, request.cookie, slab)
         except (Exception, asyncio.CancelledError) as exc:
             error = self.export.failed(exc, request.command, request.flags, self._bus)
-            self._put(error, request.cookie)
+            self._outbox.put(error, request.cookie)
             self._pool.give(slab)
         else:
             self._carry(running, waiting, request, reply, slab)

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import asyncio
 
+from replnbd.nbd import SIMPLE_REPLY_SIZE, pack_simple_reply_into
+from replnbd.nbd.constants import SIMPLE_REPLY_MAGIC
+
 INBOX_BYTES = 256 * 1024
 """More than the kernel's default for a unix socket, so that one recv empties it."""
 
@@ -200,6 +203,13 @@ class Outbox:
         if at > self._start:
             self._transport.write(self.slab.view[self._start : at])
             self._start = at
+
+    def put(self, error: int, cookie: int) -> None:
+        """Pack a reply without payload."""
+        if self.at + SIMPLE_REPLY_SIZE > self.limit:
+            self.turn()
+        pack_simple_reply_into(self.slab.buffer, self.at, SIMPLE_REPLY_MAGIC, error, cookie)
+        self.at += SIMPLE_REPLY_SIZE
 
     def send(self, reply: memoryview, slab: Slab | None) -> None:
         """Write a reply that lies elsewhere; its slab goes back to the pool when it is sent."""
