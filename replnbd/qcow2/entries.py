@@ -55,6 +55,7 @@ class Shape:
         "slice_mask",
         "sub_bits",
         "sub_count",
+        "sub_mask",
         "sub_size",
         "table_slices",
         "table_slices_bits",
@@ -70,6 +71,7 @@ class Shape:
         self.cluster_mask = self.cluster_size - 1
         self.sub_count = header.subclusters_per_cluster
         self.sub_size = header.subcluster_size
+        self.sub_mask = self.sub_size - 1
         self.sub_bits = self.sub_size.bit_length() - 1
         self.full = (1 << self.sub_count) - 1
         """The bitmap of a cluster whose every subcluster is allocated."""

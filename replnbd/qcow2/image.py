@@ -137,7 +137,7 @@ class Qcow2Node(OverlayNode):
             place = descriptor & OFFSET_MASK
             if place and place < host.end and place not in host.metadata:
                 return self.file.pwrite_nowait(place + inside, data)
-        return first_touch_nowait(self._image, offset, data)
+        return first_touch_nowait(self._image, words, offset, data)
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         self._host.check_writable()

@@ -126,13 +126,6 @@ class Mapping:
             await self.check(cluster, descriptor, bitmap)
         return descriptor, bitmap
 
-    def entry_nowait(self, cluster: int) -> tuple[int, int]:
-        """The (descriptor, bitmap) of a guest cluster whose slice is loaded, not checked."""
-        shape = self.shape
-        words = self.slices[cluster >> shape.slice_bits]
-        index = (cluster & shape.slice_mask) << shape.entry_shift
-        return shape.decode(words[index], words[index + 1] if shape.extended else 0)
-
     async def check(self, cluster: int, descriptor: int, bitmap: int) -> None:
         """Raise OSError(EIO), and mark the image corrupt, unless the entry is sound."""
         shape = self.shape
@@ -217,32 +210,26 @@ class Mapping:
 
     # Stores
 
-    def table_nowait(self, cluster: int) -> int:
-        """The offset of the cluster's L2 table if `store_nowait` can be used: it is ours alone,
-        the slice is loaded, and nobody changes metadata. Else 0."""
+    def store_nowait(self, cluster: int, words: Words, entry: tuple[int, int]) -> bool:
+        """`store` of one entry; `words`: the slice that has it. False: not done, because its table
+        is not ours alone, somebody changes metadata, or the file wants to wait."""
         shape = self.shape
-        table = self.l1[cluster >> shape.l1_shift] ^ COPIED
-        loaded = cluster >> shape.slice_bits in self.slices
         host = self.host
-        return table if loaded and table in host.tables and not host.lock.locked() else 0
-
-    def store_nowait(self, table: int, cluster: int, entry: tuple[int, int]) -> bool:
-        """As `store`, for one entry in `table`, which `table_nowait` has just given; False if the
-        file wants to wait."""
-        shape = self.shape
-        number = cluster >> shape.slice_bits
-        words = self.slices[number]
+        table = self.l1[cluster >> shape.l1_shift] ^ COPIED
+        if table not in host.tables or host.lock.locked():
+            return False
         index = (cluster & shape.slice_mask) << shape.entry_shift
-        place = table + (number & (shape.table_slices - 1)) * shape.slice_bytes + index * 8
+        slice_number = (cluster >> shape.slice_bits) & (shape.table_slices - 1)
+        place = table + slice_number * shape.slice_bytes + index * 8
         single = shape.encode(*entry)
         data = _pack_pair(*single) if shape.extended else _pack_word(*single)
-        file = self.host.file
         try:
-            if not file.pwrite_nowait(place, data):
+            if not host.file.pwrite_nowait(place, data):
                 return False
         except OSError as exc:
+            old = bytes_of(words[index : index + len(single)])
             try:
-                restored = file.pwrite_nowait(place, bytes_of(words[index : index + len(single)]))
+                restored = host.file.pwrite_nowait(place, old)
             except OSError:
                 restored = False
             if not restored:

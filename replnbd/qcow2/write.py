@@ -14,12 +14,16 @@ cluster has leaked. The same holds if a step fails; then what was taken is given
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from replnbd.block import Buffer, read_bytes
 from replnbd.qcow2.compressed import read_compressed
 from replnbd.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO_SHIFT
 from replnbd.qcow2.mapping import StoreLostError
 from replnbd.qcow2.state import Image
+
+if TYPE_CHECKING:
+    from replnbd.qcow2.mapping import Words
 
 log = logging.getLogger(__name__)
 
@@ -29,30 +33,27 @@ _JOIN_MAX = 1 << 20
 """Bytes. Up to here data and what is copied around it are joined, to be stored with one pwrite."""
 
 
-def first_touch_nowait(image: Image, offset: int, data: Buffer) -> bool:
+def first_touch_nowait(image: Image, words: Words, offset: int, data: Buffer) -> bool:
     """Store whole subclusters of one cluster, which is ours alone or not allocated yet.
 
-    What copy-before-write and fresh overlays live on: two stores and 2 µs. True: done. False: it
-    is something else, or would have to wait; nothing has happened.
+    What copy-before-write and fresh overlays live on: two stores and 2 µs. `words`: the slice that
+    maps the cluster. True: done. False: it is something else, or would have to wait.
     """
     shape = image.shape
     inside = offset & shape.cluster_mask
     end = inside + len(data)
-    if (inside | end) & (shape.sub_size - 1):
+    if (inside | end) & shape.sub_mask:
         return False
-    mapping = image.mapping
     cluster = offset >> shape.cluster_bits
-    table = mapping.table_nowait(cluster)
-    if not table:
-        return False
-    descriptor, bitmap = mapping.entry_nowait(cluster)
+    index = (cluster & shape.slice_mask) << shape.entry_shift
+    descriptor, bitmap = shape.decode(words[index], words[index + 1] if shape.extended else 0)
     allocator = image.allocator
     assert allocator is not None
-    if descriptor:
-        host = descriptor & OFFSET_MASK
+    host = descriptor & OFFSET_MASK
+    if host:
         if descriptor ^ host != COPIED or image.host.forbids(host):
             return False
-    elif bitmap:
+    elif descriptor or bitmap:
         return False
     else:
         host = allocator.allocate_nowait()
@@ -62,8 +63,8 @@ def first_touch_nowait(image: Image, offset: int, data: Buffer) -> bool:
     entry = host | COPIED, (bitmap | mask) & ~(mask << ZERO_SHIFT)
     done = lost = False
     try:
-        done = image.file.pwrite_nowait(host + inside, data) and mapping.store_nowait(
-            table, cluster, entry
+        done = image.file.pwrite_nowait(host + inside, data) and image.mapping.store_nowait(
+            cluster, words, entry
         )
     except StoreLostError:
         lost = True
@@ -134,7 +135,7 @@ async def _write_run(
     Subclusters that are written in part and not allocated yet are filled up with what was visible.
     """
     shape = image.shape
-    sub_mask = shape.sub_size - 1
+    sub_mask = shape.sub_mask
     end = offset + len(view)
     start, stop = offset, end
     base = offset & ~shape.cluster_mask
@@ -254,7 +255,7 @@ async def _complete(
     """Fill the subclusters at the edges of `inside` to `end` with what is visible there, where
     `content`, the host cluster's bytes, does not have it."""
     shape = image.shape
-    sub_mask = shape.sub_size - 1
+    sub_mask = shape.sub_mask
     base = cluster << shape.cluster_bits
     low = inside & ~sub_mask
     if low < inside and not _allocated(image, entry, inside):
