@@ -13,26 +13,72 @@ import mmap
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bench_bars
 import bench_cells
+import bench_events
 import bench_report
+import bench_scale
+from bench_bars import Verdict
 from bench_cells import SECTIONS, Results
+from bench_events import Rows, Settings
 from bench_load import MIB, Load
 
 SERVERS = ("qemu", "replnbd", "nbdkit", "qemu-nbd", "floor")
 WARM_DISKS = 12  # the files of a section, and room for the kernel to choose pages
 
 
+class Event(NamedTuple):
+    """A section that is no matrix of cells."""
+
+    title: str
+    measure: Callable[[Settings], Rows]
+    bars: Callable[[Rows], Iterable[Verdict]]
+
+
+EVENTS = {
+    "checkpoint": Event(
+        "checkpoints; stall: the longest wait of a client that never pauses; calm: before it",
+        bench_events.checkpoint,
+        bench_bars.of_checkpoint,
+    ),
+    "failover": Event(
+        f"failovers while the standby writes {bench_events.STANDBY_WRITES_PER_S} times a second",
+        bench_events.failover,
+        bench_bars.of_failover,
+    ),
+    "start": Event(
+        "from exec until a client is greeted, overlays there",
+        bench_scale.start,
+        bench_bars.of_start,
+    ),
+    "memory": Event(
+        "memory with a sparse 1 TiB disk and scattered clusters, half in each overlay",
+        bench_scale.memory,
+        bench_bars.of_memory,
+    ),
+    "scale": Event(
+        f"replnbd's cost of a request, {bench_cells.SMALL} on each connection",
+        bench_scale.scale,
+        bench_bars.of_scale,
+    ),
+}
+
+
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser("scripts/bench", "scripts/bench [options]", __doc__)
     add = parser.add_argument
-    add("--section", action="append", choices=[*SECTIONS], help="only this; may be repeated")
+    add(
+        "--section",
+        action="append",
+        choices=[*SECTIONS, *EVENTS],
+        help="only this; may be repeated",
+    )
     add("--cell", action="append", metavar="GLOB", help="only cells named so, e.g. '*4k@32'")
     add("--server", action="append", choices=SERVERS, help="only this server; may be repeated")
     add("--list", action="store_true", help="name the cells, and measure nothing")
@@ -42,11 +88,15 @@ def arguments() -> argparse.Namespace:
     add("--size", type=positive, help="MiB of the disk (1024; --quick: 256)")
     add("--directory", type=Path, help="where the disks go: needs 12 times their size")
     add("--json", type=Path, metavar="FILE", help="write all figures to FILE; - for stdout")
+    add("--markdown", type=Path, metavar="FILE", help="write the README's table to FILE")
+    add("--chart", type=chart, metavar="FILE", help="draw the ratios into FILE.svg or FILE.png")
     options = parser.parse_args()
     defaults = {"repeat": 2, "runtime": 0.5, "size": 256} if options.quick else {}
     for name, value in {"repeat": 5, "runtime": 2.0, "size": 1024, **defaults}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.section is None:
+        options.section = list(SECTIONS) if options.cell else [*SECTIONS, *EVENTS]
     if options.cell and not bench_cells.names(options.cell):
         parser.error(f"no cell matches {' or '.join(options.cell)}: see --list")
     if options.directory and not options.directory.is_dir():
@@ -64,6 +114,13 @@ def positive(text: str) -> int:
     return value
 
 
+def chart(text: str) -> Path:
+    """A file that a chart can be written to."""
+    if not text.endswith((".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"{text} ends neither in .svg nor in .png")
+    return Path(text)
+
+
 def warm_memory(size: int) -> None:
     """Use `size` bytes of memory once, or half of what there is.
 
@@ -77,28 +134,48 @@ def warm_memory(size: int) -> None:
 
 def measure(options: argparse.Namespace, sections: Sequence[str]) -> dict[str, Any]:
     """Run the sections, print as they come, return the figures."""
-    wanted = options.server or SERVERS
+    wanted = tuple(options.server or SERVERS)
     cells = bench_cells.names(options.cell or ["*"])
     results: Results = {}
-    figures: dict[str, Any] = {"machine": bench_report.machine()}
+    events: dict[str, Rows] = {}
+    verdicts: list[Verdict] = []
     bench_cells.tell("warming memory")
     warm_memory(WARM_DISKS * options.size * MIB)
     for name in sections:
         with tempfile.TemporaryDirectory(prefix="replnbd-bench-", dir=options.directory) as place:
-            load = Load(Path(place), options.size * MIB, options.runtime)
-            section = SECTIONS[name]
-            if not any(cell.name in cells for group in section.groups for cell in group.cells):
-                continue
-            found = bench_cells.compare(section, load, cells, wanted, options.repeat)
-            bench_cells.tell("")
-            bench_report.print_cells(found)
-            results |= found
-    verdicts = list(bench_bars.of_cells(results))
-    if verdicts:
-        bench_report.print_bars(verdicts)
-    figures["cells"] = bench_report.cells_json(results)
-    figures["bars"] = [asdict(verdict) for verdict in verdicts]
-    return figures
+            settings = Settings(
+                directory=Path(place),
+                servers=wanted,
+                repeat=options.repeat,
+                runtime_s=options.runtime,
+                size=options.size * MIB,
+                quick=options.quick,
+            )
+            if name in SECTIONS:
+                load = Load(Path(place), options.size * MIB, options.runtime)
+                found = bench_cells.compare(SECTIONS[name], load, cells, wanted, options.repeat)
+                results |= found
+                bench_report.print_cells(found)
+                verdicts += bench_bars.of_cells(found)
+            else:
+                event = EVENTS[name]
+                events[name] = event.measure(settings)
+                bench_report.print_rows(event.title, events[name])
+                verdicts += event.bars(events[name])
+    bench_report.print_bars(verdicts)
+    if options.markdown:
+        options.markdown.write_text(bench_report.markdown(results))
+    if options.chart:
+        # Here, for nobody who draws no chart needs the library.
+        import bench_chart
+
+        bench_chart.draw(results, options.chart)
+    return {
+        "machine": bench_report.machine(),
+        "cells": bench_report.cells_json(results),
+        **events,
+        "bars": [asdict(verdict) for verdict in verdicts],
+    }
 
 
 def main() -> None:
@@ -110,7 +187,7 @@ def main() -> None:
     stdout = sys.stdout
     if options.json == Path("-"):
         sys.stdout = sys.stderr
-    figures = measure(options, options.section or list(SECTIONS))
+    figures = measure(options, options.section)
     if options.json:
         text = json.dumps(figures, indent=2) + "\n"
         stdout.write(text) if options.json == Path("-") else options.json.write_text(text)

@@ -7,8 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bench_cells import Results
+from bench_events import Rows
 from bench_load import Run
 
+CHECKPOINT_MS, STALL_MS = 5, 10
+FAILOVER_MS, FIRST_READ_MS = 20, 5
+START_S = 0.5
+MEMORY_CLUSTERS, MEMORY_MIB = 1_000_000, 150
+GROWTH = 1.1
 FLOOR_SHARE = 0.8  # of the floor: where the page cache bounds the ratio, this is enough
 CPU_SHARE = 1 / 3  # of QEMU's
 
@@ -89,3 +95,50 @@ def throughput(cell: str, servers: dict[str, list[Run]], other: str, bar: float)
         text += f", {share:.0%}"
         met = met or share >= FLOOR_SHARE
     return Verdict(cell, wanted, text, met)
+
+
+def of_checkpoint(rows: Rows) -> Iterator[Verdict]:
+    """The longest command and the longest wait of all repetitions."""
+    for row in rows:
+        if row["server"] == "replnbd":
+            what = f"checkpoint, {row['MiB dirty']} MiB dirty in each overlay"
+            yield at_most(f"{what}: command", row["max"], CHECKPOINT_MS, "ms")
+            yield at_most(f"{what}: worst stall", row["max stall"], STALL_MS, "ms")
+
+
+def of_failover(rows: Rows) -> Iterator[Verdict]:
+    """The command and the first read as long as they ever took; the commit next to QEMU's."""
+    found = {row["server"]: row for row in rows}
+    if row := found.get("replnbd"):
+        yield at_most("failover: command", row["max"], FAILOVER_MS, "ms")
+        yield at_most("failover: first read", row["max read"], FIRST_READ_MS, "ms")
+        if "qemu" in found:
+            qemu = found["qemu"]["committed s"]
+            yield at_most("failover: committed", row["committed s"], qemu, "s (qemu's)")
+
+
+def of_start(rows: Rows) -> Iterator[Verdict]:
+    """The median start."""
+    for row in rows:
+        if row["server"] == "replnbd":
+            yield at_most("start of the daemon", row["start s"], START_S, "s")
+
+
+def of_memory(rows: Rows) -> Iterator[Verdict]:
+    """At the size the bar names; a quick run does not reach it."""
+    for row in rows:
+        if (row["server"], row["clusters"]) == ("replnbd", MEMORY_CLUSTERS):
+            what = "resident memory, 1,000,000 clusters"
+            yield at_most(what, row["MiB resident"], MEMORY_MIB, "MiB")
+
+
+def of_scale(rows: Rows) -> Iterator[Verdict]:
+    """Every larger set-up next to the smallest."""
+    for row in rows:
+        if row["ratio"] != 1:
+            yield at_most(f"{row['set-up']}: {row['load']}, CPU", row["ratio"], GROWTH, "x")
+
+
+def at_most(what: str, figure: float, bar: float, unit: str) -> Verdict:
+    """A bar that must not be exceeded."""
+    return Verdict(what, f"{bar:.3g} {unit}", f"{figure:.3g}", figure <= bar)

@@ -176,6 +176,8 @@ def compare(
 ) -> Results:
     """Run the named cells of a section on the wanted servers, `repeat` times."""
     results: Results = {}
+    if not any(cell.name in cells for group in section.groups for cell in group.cells):
+        return results
     with running(section, load, wanted) as servers, ExitStack() as stack:
         floor = None
         if section.floor and "floor" in wanted:

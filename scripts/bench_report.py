@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -13,9 +14,13 @@ from bench_bars import Verdict, cpu, median, p99, rate, ratio
 from bench_cells import Results
 from bench_load import Run
 
+CELL_NAME = re.compile(r"(.+) (\d+[km]@.+)")  # state and load
+
 
 def print_cells(results: Results) -> None:
     """The table: a line per cell and server, replnbd's last, with how it compares."""
+    if not results:
+        return
     print(
         f"{'requests/s':32}{'server':12}{'median':>9}{'min':>9}{'max':>9}"
         f"{'p99 µs':>9}{'CPU µs':>9}{'replnbd is':>12}"
@@ -56,10 +61,13 @@ def as_text(value: object) -> str:
 
 def print_bars(verdicts: Sequence[Verdict]) -> None:
     """Which bars are met."""
-    print(f"{'bar':44}{'at least / at most':34}{'this run':20}")
+    if not verdicts:
+        return
+    width = max(len(verdict.what) for verdict in verdicts) + 2
+    print(f"{'bar':{width}}{'at least / at most':34}{'this run':20}")
     for verdict in verdicts:
         met = "met" if verdict.met else "NOT MET"
-        print(f"{verdict.what:44}{verdict.bar:34}{verdict.figure:20}{met}")
+        print(f"{verdict.what:{width}}{verdict.bar:34}{verdict.figure:20}{met}")
     missed = sum(not verdict.met for verdict in verdicts)
     print(f"{len(verdicts) - missed} of {len(verdicts)} bars met", flush=True)
 
@@ -75,6 +83,20 @@ def cells_json(results: Results) -> dict[str, Any]:
         }
         for cell, servers in results.items()
     }
+
+
+def markdown(results: Results) -> str:
+    """The README's table: replnbd's medians over QEMU's, a row per state and a column per load."""
+    table: dict[str, dict[str, str]] = {}
+    for cell, servers in results.items():
+        if (parts := CELL_NAME.fullmatch(cell)) and {"qemu", "replnbd"} <= set(servers):
+            table.setdefault(parts[1], {})[parts[2]] = f"{ratio(servers, 'qemu'):.1f}"
+    loads = list(dict.fromkeys(load for row in table.values() for load in row))
+    lines = [f"| times QEMU's requests/s | {' | '.join(loads)} |"]
+    lines.append("| --- |" + " ---: |" * len(loads))
+    for state, row in table.items():
+        lines.append(f"| {state} | {' | '.join(row.get(load, '') for load in loads)} |")
+    return "\n".join(lines) + "\n"
 
 
 def runs_json(runs: list[Run]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from replnbd.control import ControlClient
 from replnbd.errors import ReplnbdError
@@ -25,6 +26,8 @@ READY_S = 20.0
 POLL_S = 0.002
 IDLE_S = 0.05
 GREETING = b"NBDMAGIC"
+
+T = TypeVar("T")
 
 
 class Server:
@@ -113,14 +116,16 @@ class Server:
             used = now
             time.sleep(IDLE_S)
 
-    def wait(self, condition: Any) -> Any:  # noqa: ANN401 - what the condition returns
-        """Poll until `condition()` is true, and return it; the bench ends if that takes long."""
-        deadline = time.monotonic() + READY_S
+    def wait(
+        self, condition: Callable[[], T], timeout_s: float = READY_S, pause_s: float = POLL_S
+    ) -> T:
+        """Poll until `condition()` is true, and return it; the bench ends if that takes longer."""
+        deadline = time.monotonic() + timeout_s
         while not (found := condition()):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 log = (self.directory / "log").read_text()
-                raise SystemExit(f"{self.name} does not serve\n{log}")
-            time.sleep(POLL_S)
+                raise SystemExit(f"{self.name} ended, or takes too long\n{log}")
+            time.sleep(pause_s)
         return found
 
     def close(self) -> None:
@@ -166,7 +171,8 @@ class Standby(Server):
     @cached_property
     def client(self) -> ControlClient:
         """The connection to it, made when first needed."""
-        client: ControlClient = self.wait(self._connect)
+        client = self.wait(self._connect)
+        assert client
         return client
 
     def start(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ def bench(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["primary first touch 4k@32", "standby read 4k@32 tcp"])
 def test_a_cell_is_measured_on_both_servers(tmp_path: Path, cell: str) -> None:
-    done = bench(*SMALL, "--cell", cell, "--json", "figures.json", directory=tmp_path)
+    outputs = ["--json", "figures.json", "--chart", "chart.svg", "--markdown", "table.md"]
+    done = bench(*SMALL, "--cell", cell, *outputs, directory=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures["cells"]) == [cell]
@@ -37,7 +39,15 @@ def test_a_cell_is_measured_on_both_servers(tmp_path: Path, cell: str) -> None:
     assert ratio["qemu"] == servers["replnbd"]["median"] / servers["qemu"]["median"]
     assert [bar["what"] for bar in figures["bars"]] == [cell, f"{cell}: p99", f"{cell}: CPU"]
     assert "of 3 bars met" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    state, load = re.fullmatch(r"(.+) (4k@.+)", cell).groups()  # type: ignore[union-attr]
+    assert (tmp_path / "table.md").read_text().splitlines() == [
+        f"| times QEMU's requests/s | {load} |",
+        "| --- | ---: |",
+        f"| {state} | {ratio['qemu']:.1f} |",
+    ]
+    assert f">{cell}</text>" in (tmp_path / "chart.svg").read_text()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"figures.json", "chart.svg", "table.md"}
 
 
 @pytest.mark.interop
@@ -51,6 +61,30 @@ def test_a_plain_export_is_measured_next_to_other_servers(tmp_path: Path) -> Non
         assert set(cell["servers"]) == {"qemu-nbd", "nbdkit", "replnbd", "floor"}
 
 
+@pytest.mark.interop
+@pytest.mark.slow
+@pytest.mark.parametrize(("section", "figure"), [("start", "start s"), ("failover", "committed s")])
+def test_events_are_measured_on_both_servers(tmp_path: Path, section: str, figure: str) -> None:
+    options = [*SMALL, "--quick", "--section", section, "--json", "-"]
+    done = bench(*options, directory=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["server"]: row for row in json.loads(done.stdout)[section]}
+    assert set(rows) == {"qemu", "replnbd"}
+    assert all(row[figure] > 0 for row in rows.values())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.interop
+@pytest.mark.slow
+def test_a_checkpoint_is_measured_with_a_client_at_work(tmp_path: Path) -> None:
+    options = [*SMALL, "--quick", "--section", "checkpoint", "--server", "replnbd", "--json", "-"]
+    done = bench(*options, directory=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)["checkpoint"]
+    assert [row["MiB dirty"] for row in rows] == [0, 64, 256]
+    assert all(row["command ms"] > 0 and row["aborts"] == 0 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -58,6 +92,7 @@ def test_a_plain_export_is_measured_next_to_other_servers(tmp_path: Path) -> Non
         (["--repeat", "0"], "argument --repeat: invalid positive value: '0'"),
         (["--runtime", "-1"], "--runtime must be positive"),
         (["--directory", "missing"], "--directory: missing is not a directory"),
+        (["--chart", "chart.gif"], "argument --chart: chart.gif ends neither in .svg nor in .png"),
         (["--section", "nothing"], "argument --section: invalid choice: 'nothing'"),
     ],
 )
