@@ -115,38 +115,47 @@ class Mapping:
 
     async def entry(self, cluster: int) -> tuple[int, int]:
         """The checked (descriptor, bitmap) of a guest cluster; OSError(EIO) if it is corrupt."""
-        shape = self.shape
-        number = cluster >> shape.slice_bits
-        words = self.slices.get(number) or await self.load(number)
+        words = self.slices.get(cluster >> self.shape.slice_bits)
+        words = words or await self.load(cluster >> self.shape.slice_bits)
         if words is None:
             return 0, 0
-        index = (cluster & shape.slice_mask) << shape.entry_shift
-        descriptor, bitmap = shape.decode(words[index], words[index + 1] if shape.extended else 0)
-        if descriptor or bitmap:
-            await self.check(cluster, descriptor, bitmap)
+        descriptor, bitmap = self.decode(words, cluster)
+        fault = self.fault(descriptor, bitmap)
+        if fault is not None:
+            raise await self.corruption(cluster, descriptor, fault)
         return descriptor, bitmap
 
-    async def check(self, cluster: int, descriptor: int, bitmap: int) -> None:
-        """Raise OSError(EIO), and mark the image corrupt, unless the entry is sound."""
+    def decode(self, words: Words, cluster: int) -> tuple[int, int]:
+        """The (descriptor, bitmap) of a guest cluster, from the slice that maps it."""
         shape = self.shape
-        host = self.host
+        index = (cluster & shape.slice_mask) << shape.entry_shift
+        return shape.decode(words[index], words[index + 1] if shape.extended else 0)
+
+    def fault(self, descriptor: int, bitmap: int) -> str | None:
+        """What is wrong with an entry, as the end of a sentence; None if it is sound."""
+        if not (descriptor or bitmap):
+            return None
+        shape = self.shape
         fault = shape.fault(descriptor, bitmap)
-        if fault is None:
-            if descriptor & shape.invalid:  # only compressed ones get here with such a bit
-                offset = shape.compressed_extent(descriptor)[0]
-            else:
-                offset = descriptor & OFFSET_MASK
-            if offset >= host.end:
-                fault = "points beyond the end of the file"
-            elif offset & -shape.cluster_size in host.metadata and (
-                offset or descriptor & shape.invalid
-            ):
-                fault = "points to metadata"
         if fault is not None:
-            raise await host.corruption(
-                f"L2 entry {descriptor:#018x} at guest offset "
-                f"{cluster << shape.cluster_bits:#x} {fault}"
-            )
+            return fault
+        if descriptor & shape.invalid:  # only compressed ones get here with such a bit
+            offset = shape.compressed_extent(descriptor)[0]
+        else:
+            offset = descriptor & OFFSET_MASK
+        host = self.host
+        if offset >= host.end:
+            return "points beyond the end of the file"
+        if offset & -shape.cluster_size in host.metadata and (offset or descriptor & shape.invalid):
+            return "points to metadata"
+        return None
+
+    async def corruption(self, cluster: int, descriptor: int, fault: str) -> OSError:
+        """Mark the image corrupt because of an entry's `fault`; the error to raise."""
+        offset = cluster << self.shape.cluster_bits
+        return await self.host.corruption(
+            f"L2 entry {descriptor:#018x} at guest offset {offset:#x} {fault}"
+        )
 
     async def load(self, number: int) -> Words | None:
         """The words of a slice, from the cache or the file; None if it has no L2 table."""

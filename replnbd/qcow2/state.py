@@ -73,12 +73,10 @@ class Image:
         first_state = host = -1
         position = offset
         while position < limit:
-            index = (cluster & shape.slice_mask) << shape.entry_shift
-            descriptor, bitmap = shape.decode(
-                words[index], words[index + 1] if shape.extended else 0
-            )
-            if descriptor or bitmap:
-                await self.mapping.check(cluster, descriptor, bitmap)
+            descriptor, bitmap = self.mapping.decode(words, cluster)
+            fault = self.mapping.fault(descriptor, bitmap)
+            if fault is not None:
+                raise await self.mapping.corruption(cluster, descriptor, fault)
             inside = position & shape.cluster_mask
             if descriptor & COMPRESSED:
                 if first_state >= 0:

@@ -45,8 +45,7 @@ def first_touch_nowait(image: Image, words: Words, offset: int, data: Buffer) ->
     if (inside | end) & shape.sub_mask:
         return False
     cluster = offset >> shape.cluster_bits
-    index = (cluster & shape.slice_mask) << shape.entry_shift
-    descriptor, bitmap = shape.decode(words[index], words[index + 1] if shape.extended else 0)
+    descriptor, bitmap = image.mapping.decode(words, cluster)
     allocator = image.allocator
     assert allocator is not None
     host = descriptor & OFFSET_MASK
@@ -111,11 +110,18 @@ async def _write_some(image: Image, offset: int, view: memoryview) -> int:
         return length
     entries = [first]
     limit = min((offset + len(view) - 1) >> bits, cluster | shape.slice_mask)
+    words = mapping.slices.get(cluster >> shape.slice_bits)
     while cluster + len(entries) <= limit:
-        entry = await mapping.entry(cluster + len(entries))
-        expected = (host + (len(entries) << bits)) | COPIED if host else 0
-        if (entry[0] & ~COPIED if not host else entry[0]) != expected:
-            break
+        if words is not None:
+            entry = mapping.decode(words, cluster + len(entries))
+            if host:
+                alike = entry[0] == (host + (len(entries) << bits)) | COPIED
+            else:
+                alike = not entry[0] & ~COPIED
+            if not alike or mapping.fault(*entry) is not None:
+                break  # the next round meets it
+        else:
+            entry = 0, 0
         entries.append(entry)
     fresh = not host
     if fresh:
@@ -191,7 +197,10 @@ async def _store_run(
     first = last = -1
     for index, (descriptor, bitmap) in enumerate(entries):
         begin = base + index * size
-        mask = shape.mask(max(start - begin, 0), min(stop - begin, size))
+        if start <= begin and begin + size <= stop:
+            mask = shape.full
+        else:
+            mask = shape.mask(max(start - begin, 0), min(stop - begin, size))
         entry = (host + index * size) | COPIED, (bitmap | mask) & ~(mask << ZERO_SHIFT)
         new.append(entry)
         if entry[0] != descriptor or entry[1] != bitmap:
