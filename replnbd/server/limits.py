@@ -29,5 +29,8 @@ at 20 GB/s); a larger one gets a buffer of its own."""
 PACKED_READ_MAX = OUTBOX_BYTES // 4
 """A READ up to this has its reply packed into the outbox; a larger one gets a buffer."""
 
+UNIX_SEND_BUFFER = 512 * 1024
+"""What a unix socket holds of replies on their way; TCP finds its own measure."""
+
 LINGER_S = 10.0
 """How long the peer has to read its last replies and to hang up."""
