@@ -39,6 +39,7 @@ every later small write walks its whole folio: 4 KiB cost 2 µs in a file writte
 4.4 µs after pieces of 64 KiB, 33 µs after pieces of 1 MiB (Linux 6.18). Writing 1 MiB in slices
 costs 20 µs more than at once."""
 
+_NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
@@ -123,6 +124,14 @@ class FileNode(BlockNode):
             return False
         return True
 
+    async def copy_from(
+        self, source: BlockNode, source_offset: int, offset: int, length: int
+    ) -> None:
+        if isinstance(source, FileNode):
+            await self._in_thread(_copy_range, source._fd, source_offset, self._fd, offset, length)
+        else:
+            await super().copy_from(source, source_offset, offset, length)
+
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
     ) -> None:
@@ -199,6 +208,30 @@ def _write_all(fd: int, offset: int, data: Buffer) -> None:
             raise OSError(errno.EIO, "write returned 0 bytes")
         view = view[done:]
         offset += done
+
+
+def _copy_range(source: int, source_offset: int, fd: int, offset: int, length: int) -> None:
+    """One call in the kernel, without the interpreter's lock: 220 µs for 1 MiB in the page cache,
+    290 µs by reading and writing. Where the file system can, it shares the blocks instead."""
+    done = 0
+    while done < length:
+        try:
+            count = os.copy_file_range(
+                source, fd, length - done, source_offset + done, offset + done
+            )
+        except OSError as exc:
+            if exc.errno not in _NO_COPY_RANGE:
+                raise
+            count = 0
+        if count == 0:  # not between these two, or past the end of the source
+            break
+        done += count
+    buffer = memoryview(bytearray(min(length - done, WRITE_SLICE)))
+    while done < length:
+        part = buffer[: length - done]
+        _read_all(source, source_offset + done, part)
+        _write_all(fd, offset + done, part)
+        done += len(part)
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 Buffer = bytes | bytearray | memoryview
 
+COPY_CHUNK = 1 << 20
+"""Bytes in memory at a time while one node is copied to another."""
+
 
 class Extent(NamedTuple):
     """A run of `length` bytes in one state (NBD's block descriptor, QEMU's bdrv_block_status).
@@ -64,6 +67,16 @@ class BlockNode(ABC):
         """`pwrite`, if it need not wait for anything; as `pread_nowait`."""
         return False
 
+    async def copy_from(
+        self, source: BlockNode, source_offset: int, offset: int, length: int
+    ) -> None:
+        """Store at `offset` what `source` has at `source_offset`."""
+        buffer = memoryview(bytearray(min(length, COPY_CHUNK)))
+        for done in range(0, length, COPY_CHUNK):
+            part = buffer[: length - done]
+            await source.pread(source_offset + done, part)
+            await self.pwrite(offset + done, part)
+
     @abstractmethod
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
@@ -112,10 +125,16 @@ class OverlayNode(BlockNode):
         """Whether the byte at `offset` is allocated in this layer (data or zeroes), and for how
         many bytes from there, at least 1 and at most `length`, the same answer holds."""
 
-    def allocated_nowait(self, offset: int, length: int) -> bool | None:
-        """Whether the whole range is allocated in this layer (True) or nothing of it is (False);
-        None: neither, or not to be told without waiting."""
-        return None
+    @abstractmethod
+    async def copy_up(self, offset: int, length: int) -> None:
+        """Store in this layer what `backing` shows in a range of which nothing is allocated here.
+        `offset` and `length` are multiples of `granularity`, but for the end of the disk."""
+
+    def copy_up_nowait(self, offset: int, length: int) -> int:
+        """See to it that all of an aligned range is allocated here, if that needs no waiting.
+        Returns how many bytes were copied up for that; -1: not done, use `allocated` and
+        `copy_up`."""
+        return -1
 
     @abstractmethod
     async def drop(self, offset: int, length: int) -> None:

@@ -21,9 +21,6 @@ from replnbd.block import BlockNode, Buffer, OverlayNode, PassThrough
 
 log = logging.getLogger(__name__)
 
-COPY_MAX = 1 << 20
-"""Bytes in memory at a time, and how long the loop is busy with one copy (about 0.4 ms)."""
-
 
 class CopyBeforeWrite(PassThrough):
     """Saves whole subclusters (`target.granularity`) of old data, and only those not saved yet."""
@@ -35,24 +32,15 @@ class CopyBeforeWrite(PassThrough):
         self.target = target
         self.bytes_copied = 0
         self._mask = target.granularity - 1
-        # Used again, by one copy after the other: a fresh megabyte costs 300 µs in page faults and
-        # zeroing, more than it costs to read and write one.
-        self._buffer: memoryview | None = None
 
     def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
         mask = self._mask
         start = offset & ~mask
-        length = ((offset + len(data) + mask) & ~mask) - start
-        target = self.target
-        allocated = target.allocated_nowait(start, length)
-        if not allocated:
-            if allocated is None or length > COPY_MAX or start + length > self.size:
-                return False
-            self._buffer = buffer = self._buffer or memoryview(bytearray(COPY_MAX))
-            old = buffer[:length]
-            if not (self.file.pread_nowait(start, old) and target.pwrite_nowait(start, old)):
-                return False
-            self.bytes_copied += length
+        end = (offset + len(data) + mask) & ~mask
+        copied = self.target.copy_up_nowait(start, min(end, self.size) - start)
+        if copied < 0:
+            return False
+        self.bytes_copied += copied
         return self.file.pwrite_nowait(offset, data)
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
@@ -95,16 +83,6 @@ class CopyBeforeWrite(PassThrough):
         while position < end:
             allocated, count = await allocated_in_target(position, end - position)
             if not allocated:
-                await self._copy(position, count)
+                await self.target.copy_up(position, count)
+                self.bytes_copied += count
             position += count
-
-    async def _copy(self, offset: int, length: int) -> None:
-        end = offset + length
-        buffer, self._buffer = self._buffer or memoryview(bytearray(COPY_MAX)), None
-        while offset < end:
-            part = buffer[: end - offset]
-            await self.file.pread(offset, part)
-            await self.target.pwrite(offset, part)
-            offset += len(part)
-            self.bytes_copied += len(part)
-        self._buffer = buffer

@@ -17,6 +17,7 @@ from replnbd.block import BlockNode, Buffer, Extent, OverlayNode, RangeLock
 from replnbd.block.range_lock import EVERYTHING
 from replnbd.errors import StateError
 from replnbd.qcow2 import empty, status, zeroes
+from replnbd.qcow2.copy_up import copy_up, copy_up_nowait
 from replnbd.qcow2.entries import COPIED, OFFSET_MASK, ZERO_SHIFT
 from replnbd.qcow2.format import Header
 from replnbd.qcow2.read import read_range
@@ -184,30 +185,55 @@ class Qcow2Node(OverlayNode):
     # Overlay
 
     async def allocated(self, offset: int, length: int) -> tuple[bool, int]:
-        # The answer is of this instant: no range is held.
-        allocated = self.allocated_nowait(offset, length)
-        if allocated is not None:
-            return allocated, length
-        return await status.allocated(self._image, offset, length)
-
-    def allocated_nowait(self, offset: int, length: int) -> bool | None:
+        # The answer is of this instant: no range is held. Fast for what one cluster answers.
         cluster = offset >> self._cluster_bits
         inside = offset & self._cluster_mask
-        if inside + length > self._cluster_size:
-            return None
+        if self._extended and inside + length <= self._cluster_size:
+            words = self._slices.get(cluster >> self._slice_bits)
+            if words is None:
+                if not self._mapping.l1[cluster >> self._l1_shift]:
+                    return False, length
+            else:
+                index = (cluster & self._slice_mask) << 1
+                if not words[index] & self._invalid:
+                    mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (
+                        1 << (inside >> self._sub_bits)
+                    )
+                    bitmap = words[index + 1]
+                    state = (bitmap | bitmap >> 32) & mask
+                    if state == mask:
+                        return True, length
+                    if not state:
+                        return False, length
+        return await status.allocated(self._image, offset, length)
+
+    def copy_up_nowait(self, offset: int, length: int) -> int:
+        host = self._host
+        ranges = self._ranges
+        if ranges.held and not ranges.is_free(offset, length, True):
+            return -1
+        inside = offset & self._cluster_mask
+        cluster = offset >> self._cluster_bits
         words = self._slices.get(cluster >> self._slice_bits)
-        if words is None:
-            return None if self._mapping.l1[cluster >> self._l1_shift] else False
-        if not self._extended:
-            descriptor = words[cluster & self._slice_mask]
-            return None if descriptor & self._invalid else descriptor != 0
-        index = (cluster & self._slice_mask) << 1
-        if words[index] & self._invalid:
-            return None
-        mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (1 << (inside >> self._sub_bits))
-        bitmap = words[index + 1]
-        state = (bitmap | bitmap >> ZERO_SHIFT) & mask
-        return state == mask if state == mask or not state else None
+        if words is None or inside + length > self._cluster_size or host.corrupt or host.read_only:
+            return -1
+        if self._extended:
+            index = (cluster & self._slice_mask) << 1
+            mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (
+                1 << (inside >> self._sub_bits)
+            )
+            bitmap = words[index + 1]
+            if (bitmap | bitmap >> ZERO_SHIFT) & mask == mask and not words[index] & self._invalid:
+                return 0
+        return copy_up_nowait(self._image, words, offset, length)
+
+    async def copy_up(self, offset: int, length: int) -> None:
+        self._host.check_writable()
+        key = await self._ranges.acquire(offset, length, True)
+        try:
+            await copy_up(self._image, offset, length)
+        finally:
+            self._ranges.release(key)
 
     async def drop(self, offset: int, length: int) -> None:
         self._host.check_writable()

@@ -29,6 +29,7 @@ class Image:
         "backing",
         "backing_size",
         "compression_type",
+        "copy_buffer",
         "file",
         "host",
         "inflated",
@@ -53,6 +54,8 @@ class Image:
         self.backing = backing
         self.backing_size = min(backing.size, header.size) if backing is not None else 0
         self.compression_type = header.compression_type
+        self.copy_buffer: memoryview | None = None
+        """Of copy_up.py: used again, because fresh memory costs more than it does to fill it."""
         self.inflated: tuple[int, bytes] = (0, b"")
         """The compressed cluster that was read last: (descriptor, its bytes)."""
 

@@ -98,39 +98,50 @@ async def settle_if_crowded(image: Image) -> None:
 async def _write_some(image: Image, offset: int, view: memoryview) -> int:
     """Write the first clusters that are alike; returns how many bytes of `view` that were."""
     shape = image.shape
-    mapping = image.mapping
-    bits = shape.cluster_bits
-    cluster = offset >> bits
-    first = await mapping.entry(cluster)
-    descriptor = first[0]
-    host = descriptor & OFFSET_MASK
-    if descriptor & COMPRESSED or (host and not descriptor & COPIED):
+    cluster = offset >> shape.cluster_bits
+    first = await image.mapping.entry(cluster)
+    if is_shared(first):
         length = min(len(view), shape.cluster_size - (offset & shape.cluster_mask))
         await replace_cluster(image, cluster, first, offset, view[:length])
         return length
-    entries = [first]
-    limit = min((offset + len(view) - 1) >> bits, cluster | shape.slice_mask)
-    words = mapping.slices.get(cluster >> shape.slice_bits)
-    while cluster + len(entries) <= limit:
-        if words is not None:
-            entry = mapping.decode(words, cluster + len(entries))
-            if host:
-                alike = entry[0] == (host + (len(entries) << bits)) | COPIED
-            else:
-                alike = not entry[0] & ~COPIED
-            if not alike or mapping.fault(*entry) is not None:
-                break  # the next round meets it
-        else:
-            entry = 0, 0
-        entries.append(entry)
-    fresh = not host
-    if fresh:
-        assert image.allocator is not None
-        host, count = await image.allocator.allocate(len(entries))
-        del entries[count:]
-    length = min(len(view), ((cluster + len(entries)) << bits) - offset)
+    entries, host, fresh = await run_of_clusters(image, first, cluster, offset + len(view))
+    length = min(len(view), ((cluster + len(entries)) << shape.cluster_bits) - offset)
     await _write_run(image, entries, host, offset, view[:length], fresh)
     return length
+
+
+def is_shared(entry: Entry) -> bool:
+    """Whether its host cluster cannot be written: compressed, or a snapshot has it too."""
+    descriptor = entry[0]
+    return bool(descriptor & COMPRESSED or (descriptor & OFFSET_MASK and not descriptor & COPIED))
+
+
+async def run_of_clusters(
+    image: Image, first: Entry, cluster: int, end: int
+) -> tuple[list[Entry], int, bool]:
+    """(entries, host offset, fresh): clusters from `cluster` on, before the guest offset `end`,
+    that can be written in one piece. Neighbours in the file already, or else allocated here
+    (fresh). `first`: the entry of the first, which is not shared."""
+    mapping = image.mapping
+    shape = image.shape
+    host = first[0] & OFFSET_MASK
+    entries = [first]
+    limit = min((end - 1) >> shape.cluster_bits, cluster | shape.slice_mask)
+    words = mapping.slices.get(cluster >> shape.slice_bits)
+    while cluster + len(entries) <= limit:
+        entry = (0, 0) if words is None else mapping.decode(words, cluster + len(entries))
+        if host:
+            alike = entry[0] == (host + (len(entries) << shape.cluster_bits)) | COPIED
+        else:
+            alike = not entry[0] & ~COPIED
+        if not alike or mapping.fault(*entry) is not None:
+            break  # the next round meets it
+        entries.append(entry)
+    if host:
+        return entries, host, False
+    assert image.allocator is not None
+    host, count = await image.allocator.allocate(len(entries))
+    return entries[:count], host, True
 
 
 async def _write_run(
@@ -166,9 +177,9 @@ async def _write_run(
                     await image.file.pwrite(host + end - base, tail)
     except OSError:
         if fresh:
-            _take_back(image, host, len(entries))
+            take_back(image, host, len(entries))
         raise
-    await _store_run(image, entries, host, base, start, stop, fresh)
+    await store_run(image, entries, host, base, start, stop, fresh)
 
 
 def _allocated(image: Image, entry: Entry, offset: int) -> int:
@@ -187,7 +198,7 @@ async def _fill(image: Image, entry: Entry, start: int, end: int) -> bytearray:
     return content
 
 
-async def _store_run(
+async def store_run(
     image: Image, entries: list[Entry], host: int, base: int, start: int, stop: int, fresh: bool
 ) -> None:
     """Store the entries that change because the guest's bytes `start` to `stop` are data now."""
@@ -214,7 +225,7 @@ async def _store_run(
         await image.mapping.store(cluster, new[first : last + 1])
     except OSError as exc:
         if fresh and not isinstance(exc, StoreLostError):
-            _take_back(image, host, len(entries))
+            take_back(image, host, len(entries))
         raise
 
 
@@ -247,13 +258,13 @@ async def replace_cluster(
     try:
         await image.file.pwrite(host + low, memoryview(content)[low:high])
     except OSError:
-        _take_back(image, host, 1)
+        take_back(image, host, 1)
         raise
     try:
         await image.mapping.store(cluster, ((host | COPIED, bitmap),))
     except OSError as exc:
         if not isinstance(exc, StoreLostError):
-            _take_back(image, host, 1)
+            take_back(image, host, 1)
         raise
     release_host(image, descriptor)
 
@@ -284,6 +295,6 @@ def release_host(image: Image, descriptor: int) -> None:
         allocator.release(descriptor & OFFSET_MASK, 1)
 
 
-def _take_back(image: Image, host: int, count: int) -> None:
+def take_back(image: Image, host: int, count: int) -> None:
     assert image.allocator is not None
     image.allocator.release(host, count)
