@@ -66,7 +66,7 @@ class FileNode(BlockNode):
         self._flush_failure: int | None = None
         self._turns = asyncio.Semaphore(CALLS_MAX)
         # tmpfs has no RWF_NOWAIT and never waits for a disk; others that lack it go to a thread.
-        self._read_flags = 0 if _on_memory_filesystem(fd) else os.RWF_NOWAIT
+        self._read_flags: int | None = 0 if _on_memory_filesystem(fd) else os.RWF_NOWAIT
 
     @classmethod
     def open(
@@ -99,13 +99,17 @@ class FileNode(BlockNode):
             await self._in_thread(_read_all, self._fd, offset, buffer)
 
     def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
+        flags = self._read_flags
+        if flags is None:
+            return False
         try:
-            return os.preadv(self._fd, (buffer,), offset, self._read_flags) == len(buffer)
+            return os.preadv(self._fd, (buffer,), offset, flags) == len(buffer)
         except BlockingIOError:
             return False
         except OSError as exc:
             if exc.errno != errno.EOPNOTSUPP:
                 raise
+            self._read_flags = None
             return False
 
     async def pwrite(self, offset: int, data: Buffer) -> None:

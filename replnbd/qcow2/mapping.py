@@ -20,6 +20,7 @@ import asyncio
 import struct
 import sys
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     Words = array[int]
 
 _SWAP = sys.byteorder == "little"
-_SLICE_OVERHEAD = 200
+_SLICE_OVERHEAD = 300
 """Bytes of Python objects around a cached slice: array, dict entry, key."""
 
 _pack_word = struct.Struct(">Q").pack
@@ -103,7 +104,8 @@ class Mapping:
         self.shape = shape
         self.l1 = l1
         self.l1_offset = l1_offset
-        self.slices: dict[int, Words] = {}
+        # Not a dict: to find its oldest key costs more the more have been deleted before it.
+        self.slices: OrderedDict[int, Words] = OrderedDict()
         """Slice number (guest cluster >> shape.slice_bits) -> words. Oldest first."""
         self.epoch = 0
         # Eight at least: what a handful of requests in flight use at the same time.

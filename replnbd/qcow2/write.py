@@ -296,5 +296,6 @@ def release_host(image: Image, descriptor: int) -> None:
 
 
 def take_back(image: Image, host: int, count: int) -> None:
+    """Clusters that were allocated for a step that failed are not used."""
     assert image.allocator is not None
     image.allocator.release(host, count)
