@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
 Buffer = bytes | bytearray | memoryview
@@ -142,8 +144,23 @@ class OverlayNode(BlockNode):
         `offset` and `length` are multiples of `granularity`, but for the end of the disk."""
 
     @abstractmethod
-    async def make_empty(self) -> None:
-        """Make the whole layer unallocated and give its space back."""
+    def emptying(
+        self, *, keep_space: bool = False
+    ) -> AbstractAsyncContextManager[Callable[[], Awaitable[None]]]:
+        """Make the whole layer unallocated, in two parts, for who empties several layers at once.
+
+        On entry everything is done that can fail, but for one store; requests wait from then on.
+        What it yields does that store, and the layer is empty, also for whoever opens it after a
+        crash. Left without that call, the layer is as it was. OSError from either.
+
+        The space is free at once, and goes back to the file system in the background: but for
+        about as much as was lately needed if the layer is to be filled again (`keep_space`).
+        """
+
+    async def make_empty(self, *, keep_space: bool = False) -> None:
+        """Make the whole layer unallocated: `emptying`, for one layer."""
+        async with self.emptying(keep_space=keep_space) as clear:
+            await clear()
 
     @abstractmethod
     async def settle(self) -> None:

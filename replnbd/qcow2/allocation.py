@@ -41,6 +41,7 @@ class Allocator:
         "_next",
         "_run_clusters",
         "_run_end",
+        "floor",
         "hint",
         "host",
         "refcounts",
@@ -57,7 +58,9 @@ class Allocator:
         self._next = 0
         self._run_end = 0
         self.hint = 0
-        """No host cluster before this one is free."""
+        """No host cluster before this one is free, but for those before `floor`."""
+        self.floor = 0
+        """Clusters before this one are kept for the next table (`keep_room`)."""
         self.released: list[tuple[int, int]] = []
         """(cluster, count): references that are gone, still counted on disk."""
         self._leaving: list[tuple[int, int]] = []
@@ -106,7 +109,7 @@ class Allocator:
         """A free run that a refcount block describes, making the block if there is none."""
         refcounts = self.refcounts
         while True:
-            cluster, count = await refcounts.find_free(self.hint, wanted)
+            cluster, count = await refcounts.find_free(max(self.hint, self.floor), wanted)
             if (cluster + count) << self.host.cluster_bits > 1 << 56:
                 raise OSError(errno.ENOSPC, f"{self.host.path}: no host offsets left below 2^56")
             if refcounts.covered(cluster):
@@ -125,10 +128,22 @@ class Allocator:
 
         None if no refcount block describes so many (only with the smallest clusters).
         """
+        cluster = await self._find_contiguous(count)
+        if cluster is None:
+            return None
+        await self._claim(cluster, count)
+        return cluster << self.host.cluster_bits
+
+    async def keep_room(self, count: int) -> None:
+        """Let the next `allocate_contiguous` of `count` find them where they fit first now."""
+        cluster = await self._find_contiguous(count)
+        self.floor = cluster + count if cluster is not None else 0
+
+    async def _find_contiguous(self, count: int) -> int | None:
         refcounts = self.refcounts
         if count >= refcounts.block_entries:
             return None
-        start = self.hint
+        start = 0
         while True:
             cluster, found = await refcounts.find_free(start, count)
             if not refcounts.covered(cluster):
@@ -137,8 +152,7 @@ class Allocator:
             elif found < count:
                 start = cluster + found
             else:
-                await self._claim(cluster, count)
-                return cluster << self.host.cluster_bits
+                return cluster
 
     # Giving back
 
@@ -183,7 +197,7 @@ class Allocator:
             # Their refcounts say that they are in use, so nobody can take them meanwhile; and
             # without the lock, requests need not wait while the file system frees blocks.
             for cluster, count in holes:
-                await self._punch(cluster, count)
+                await self.punch(cluster, count)
             async with self.host.lock:
                 await self._drop_leaving()
 
@@ -249,7 +263,7 @@ class Allocator:
             host.unmark(cluster << bits, length << bits)
         return length
 
-    async def _punch(self, cluster: int, count: int) -> None:
+    async def punch(self, cluster: int, count: int) -> None:
         """Return the space of clusters to the file system, while nobody can take them yet."""
         if not self._can_punch:
             return
@@ -263,12 +277,12 @@ class Allocator:
             else:
                 log.warning("%s: cannot punch a hole: %s", self.host.path, exc)
 
-    def forget(self, hint: int) -> None:
+    def forget(self) -> None:
         """All refcounts were rewritten (make_empty); nothing is reserved or released any more."""
         self._next = self._run_end = 0
         self.released = []
         self._leaving = []
-        self.hint = hint
+        self.hint = 0
 
 
 def _merge(released: list[tuple[int, int]]) -> list[tuple[int, int]]:

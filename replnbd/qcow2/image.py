@@ -13,6 +13,9 @@ else goes to `read`, `write`, `zeroes`, `status` and `empty`.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
 from replnbd.block import BlockNode, Buffer, Extent, OverlayNode, RangeLock
 from replnbd.block.range_lock import EVERYTHING
 from replnbd.errors import StateError
@@ -21,6 +24,7 @@ from replnbd.qcow2.copy_up import copy_up, copy_up_nowait
 from replnbd.qcow2.entries import COPIED, OFFSET_MASK, ZERO_SHIFT
 from replnbd.qcow2.format import Header
 from replnbd.qcow2.read import read_range
+from replnbd.qcow2.reclaim import Reclaimer
 from replnbd.qcow2.state import Image
 from replnbd.qcow2.write import first_touch_nowait, write_range
 
@@ -46,6 +50,7 @@ class Qcow2Node(OverlayNode):
         self._image = image
         self._host = image.host
         self._mapping = image.mapping
+        self._reclaimer = Reclaimer(image.allocator) if image.allocator is not None else None
         self._ranges = RangeLock(header.cluster_size)
         shape = image.shape
         self.granularity = shape.sub_size
@@ -175,7 +180,8 @@ class Qcow2Node(OverlayNode):
         """
         key = await self._ranges.acquire(0, EVERYTHING, True)
         try:
-            if not self._host.read_only:
+            if self._reclaimer is not None:
+                await self._reclaimer.stop()
                 await self.flush()
                 await self._host.mark_clean()
         finally:
@@ -245,12 +251,17 @@ class Qcow2Node(OverlayNode):
         if allocator is not None and not allocator.idle and not self._host.corrupt:
             await allocator.settle(with_run=True)
 
-    async def make_empty(self) -> None:
+    @asynccontextmanager
+    async def emptying(
+        self, *, keep_space: bool = False
+    ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         self._host.check_writable()
         self._refuse_snapshots("empty")
+        assert self._reclaimer is not None
         key = await self._ranges.acquire(0, EVERYTHING, True)
         try:
-            await empty.make_empty(self._image)
+            async with empty.emptying(self._image, self._reclaimer, keep_space=keep_space) as clear:
+                yield clear
         finally:
             self._ranges.release(key)
 

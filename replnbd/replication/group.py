@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, ParamSpec
 
+from replnbd.block import OverlayNode
 from replnbd.errors import StateError
 from replnbd.jobs import Job
 from replnbd.replication.disk import StandbyDisk
@@ -80,7 +81,7 @@ class Group:
         async with self._turn:
             disks = self._moving(Command.CHECKPOINT)
             async with self._drained(disks):
-                await self._make_empty(disks)
+                await self._make_empty(disks, keep_space=True)
                 for disk in disks:
                     disk.checkpointed()
 
@@ -186,21 +187,35 @@ class Group:
                 await stack.enter_async_context(disk.drained())
             yield
 
-    async def _make_empty(self, disks: Sequence[StandbyDisk]) -> None:
+    async def _make_empty(self, disks: Sequence[StandbyDisk], *, keep_space: bool = False) -> None:
         """Let all views be the secondary disks as they are now. The active overlays go first:
         dying before the hidden ones leaves the last checkpoint, without the standby's writes.
 
-        Raises StateError as QEMU words it; the disk's `error` keeps it until the next good one.
+        What can fail is done for all overlays before the first one is empty; then one store
+        empties each. Raises StateError as QEMU words it; the disk's `error` keeps it until the
+        next good one.
         """
         overlays = [(disk, disk.active) for disk in disks] + [(disk, disk.hidden) for disk in disks]
-        for emptied, (disk, overlay) in enumerate(overlays):
-            try:
-                await overlay.make_empty()
-            except OSError as exc:
-                disk.error = f"Failed to empty {overlay.name}: {exc.strerror}"
-                self._torn = self._torn or (emptied > 0 and len(disks) > 1)
-                raise StateError(disk.error) from exc
-        self._torn = False
+        async with AsyncExitStack() as stack:
+            clears = []
+            for disk, overlay in overlays:
+                with _emptying(disk, overlay):
+                    clear = await stack.enter_async_context(overlay.emptying(keep_space=keep_space))
+                clears.append(clear)
+            for (disk, overlay), clear in zip(overlays, clears, strict=True):
+                with _emptying(disk, overlay):
+                    await clear()
+                self._torn = self._torn or len(disks) > 1
+            self._torn = False
+
+
+@contextmanager
+def _emptying(disk: StandbyDisk, overlay: OverlayNode) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        disk.error = f"Failed to empty {overlay.name}: {exc.strerror}"
+        raise StateError(disk.error) from exc
 
 
 async def _ended(jobs: Sequence[Job | None]) -> None:
