@@ -47,9 +47,9 @@ async def emptying(
 
         async def clear() -> None:
             nonlocal cleared
-            slices = image.mapping.slices.copy()
+            slices = list(image.mapping.slices.values())
             await _clear_l1(image, blank)
-            reclaimer.retire(slices.popitem)
+            reclaimer.retire(slices.pop)
             cleared = True
 
         try:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _STEP_BYTES = 512 << 10
 """Of the file: 0.5 ms if each 64 KiB of it are an extent (ext4), as long as the inode is locked."""
 _ITEMS = 256
-"""Of retired sets and dicts, to free before the loop gets a turn: 0.1 ms."""
+"""Of retired sets and lists, to free before the loop gets a turn: 0.1 ms."""
 _PAUSE = 3
 """Times as long as a step takes are the requests of others undisturbed after it."""
 
@@ -52,7 +52,7 @@ class Reclaimer:
         self._stopping = asyncio.Event()
 
     def retire(self, pop: Callable[[], object]) -> None:
-        """Free a set or dict of the image's, which nobody uses any more, by and by: `pop` takes an
+        """Free a set or list of the image's, which nobody uses any more, by and by: `pop` takes an
         item out. At once, a cache of 16 MiB takes 2 ms."""
         self._retired.append(pop)
 
@@ -93,7 +93,7 @@ class Reclaimer:
     async def _free_retired(self) -> None:
         while self._retired:
             pop = self._retired.pop()
-            with suppress(KeyError):  # it is empty
+            with suppress(LookupError):  # it is empty
                 while True:
                     for _ in range(_ITEMS):
                         pop()

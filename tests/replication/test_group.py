@@ -91,6 +91,26 @@ async def test_a_checkpoint_that_reached_no_disk_leaves_failover_possible() -> N
     await group.close()
 
 
+async def test_a_checkpoint_prepares_all_overlays_before_it_empties_one() -> None:
+    """A long L1 table is replaced by another one: making that one may fail, and nothing is torn."""
+    bus, jobs = EventBus(), JobRegistry()
+    layout = Layout(size=20 << 20, cluster_size=512, extended_l2=False)
+    built = [await build(f"d{number}", layout, bus, jobs) for number in range(2)]
+    group = Group([each.disk for each in built])
+    await group.start()
+    await write_both_sides(built)
+    views = [await read_bytes(each.disk.standby, 0, layout.size) for each in built]
+    # The disks come last first, active overlays before hidden ones: this one is prepared last.
+    built[0].overlay_faults[0].fail("pwrite", times=1)
+    with pytest.raises(StateError, match=r"^Failed to empty d0-hidden: Input/output error"):
+        await group.checkpoint()
+    assert [await read_bytes(each.disk.standby, 0, layout.size) for each in built] == views
+    await group.failover()
+    await group.wait_committed()
+    assert await contents(built) == views
+    await group.close()
+
+
 async def test_a_command_whose_caller_gives_up_is_done_whole() -> None:
     bus, jobs = EventBus(), JobRegistry()
     for turns in range(40):
