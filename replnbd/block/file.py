@@ -15,7 +15,6 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
 from typing import TypeVar, TypeVarTuple
 
 from replnbd.block.file_lock import lock_image
@@ -33,14 +32,6 @@ reads as fast with 4 (22,000/s) as with 32 (28,000/s); the rest is for disks wit
 
 WRITE_INLINE_MAX = 256 * 1024
 """Bytes. Above this the copy alone outweighs what a thread costs."""
-
-THROTTLED_S = 0.01
-"""A buffered write that takes longer has been made to wait by the kernel (it lets who dirties pages
-faster than the disk takes them sleep for 10 to 200 ms at a time) or by a full journal. Being
-preempted takes less."""
-
-THROTTLED_FOR_S = 1.0
-"""For so long the file's writes go to threads then, and no other disk waits."""
 
 WRITE_SLICE = 64 * 1024
 """Bytes per pwrite. The page cache keeps what one call wrote in folios of that size, and on ext4
@@ -74,7 +65,6 @@ class FileNode(BlockNode):
         self.size = _size_of(fd, path)
         self._flush_failure: int | None = None
         self._turns = asyncio.Semaphore(CALLS_MAX)
-        self._throttled_until = 0.0
         # tmpfs has no RWF_NOWAIT and never waits for a disk; others that lack it go to a thread.
         self._read_flags: int | None = 0 if _on_memory_filesystem(fd) else os.RWF_NOWAIT
 
@@ -124,24 +114,18 @@ class FileNode(BlockNode):
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         if not self.pwrite_nowait(offset, data):
-            began = monotonic()
             await self._in_thread(_write_all, self._fd, offset, data)
-            if monotonic() - began > THROTTLED_S:
-                self._throttled_until = monotonic() + THROTTLED_FOR_S
 
     def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
         length = len(data)
-        began = monotonic()
-        if length > WRITE_INLINE_MAX or began < self._throttled_until:
-            return False
         if length <= WRITE_SLICE:
             done = os.pwrite(self._fd, data, offset)
             if done != length:
                 _write_all(self._fd, offset + done, memoryview(data)[done:])
-        else:
+        elif length <= WRITE_INLINE_MAX:
             _write_all(self._fd, offset, data)
-        if monotonic() - began > THROTTLED_S:
-            self._throttled_until = began + THROTTLED_FOR_S
+        else:
+            return False
         return True
 
     async def copy_from(

@@ -8,13 +8,13 @@ import os
 import random
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from replnbd.block import BlockNode, FileNode, MemoryNode, read_bytes
-from replnbd.block.file import THROTTLED_FOR_S, THROTTLED_S, WRITE_INLINE_MAX
+from replnbd.block.file import WRITE_INLINE_MAX
 from replnbd.block.threads import run_blocking
 from replnbd.errors import ConfigError
 
@@ -255,31 +255,3 @@ async def test_a_cancelled_call_ends_before_its_caller_hears_of_it() -> None:
     await asyncio.wait([caller])
     assert caller.cancelled()
     assert ended.is_set()
-
-
-async def test_while_the_kernel_makes_writers_wait_writes_do_not_stop_the_loop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    node = make(tmp_path / "disk", bytes(8192))
-    now_s = 100.0
-    threads = []
-
-    def throttled(fd: int, data: bytes, offset: int, pwrite: Callable[..., int] = os.pwrite) -> int:
-        nonlocal now_s
-        now_s += THROTTLED_S * 2
-        threads.append(threading.current_thread())
-        return pwrite(fd, data, offset)
-
-    monkeypatch.setattr("replnbd.block.file.monotonic", lambda: now_s)
-    monkeypatch.setattr(os, "pwrite", throttled)
-    assert node.pwrite_nowait(0, b"waits once")
-    assert not node.pwrite_nowait(0, b"refused")
-    await node.pwrite(0, b"in a thread")
-    now_s += THROTTLED_FOR_S
-    await node.pwrite(4096, b"inline again")
-    loop, other, again = threads
-    assert loop is again is threading.current_thread() is not other
-    await node.close()
-    content = (tmp_path / "disk").read_bytes()
-    assert content[:11] == b"in a thread"
-    assert content[4096:4108] == b"inline again"
