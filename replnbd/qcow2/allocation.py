@@ -79,6 +79,10 @@ class Allocator:
         self._next = first + 1
         return first << self.host.cluster_bits
 
+    def put_back(self) -> None:
+        """Undo the `allocate_nowait` that has just been made."""
+        self._next -= 1
+
     async def allocate(self, count: int) -> tuple[int, int]:
         """(host offset, number) of contiguous clusters: at least one, at most `count`."""
         first = self._next

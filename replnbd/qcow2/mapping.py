@@ -221,14 +221,11 @@ class Mapping:
 
     # Stores
 
-    def store_nowait(self, cluster: int, words: Words, entry: tuple[int, int]) -> bool:
-        """`store` of one entry; `words`: the slice that has it. False: not done, because its table
-        is not ours alone, somebody changes metadata, or the file wants to wait."""
+    def store_nowait(self, table: int, cluster: int, words: Words, entry: tuple[int, int]) -> bool:
+        """`store` of one entry, while nobody has `HostFile.lock`; `table`: where its L2 table is,
+        which is ours alone; `words`: the slice that has it. False: the file wants to wait."""
         shape = self.shape
         host = self.host
-        table = self.l1[cluster >> shape.l1_shift] ^ COPIED
-        if table not in host.tables or host.lock.locked():
-            return False
         index = (cluster & shape.slice_mask) << shape.entry_shift
         slice_number = (cluster >> shape.slice_bits) & (shape.table_slices - 1)
         place = table + slice_number * shape.slice_bytes + index * 8

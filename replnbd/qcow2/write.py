@@ -37,22 +37,28 @@ def first_touch_nowait(image: Image, words: Words, offset: int, data: Buffer) ->
     """Store whole subclusters of one cluster, which is ours alone or not allocated yet.
 
     What copy-before-write and fresh overlays live on: two stores and 2 µs. `words`: the slice that
-    maps the cluster. True: done. False: it is something else, or would have to wait.
+    maps the cluster. True: done. False: it is something else, or would have to wait, and the image
+    is as before.
     """
     shape = image.shape
     inside = offset & shape.cluster_mask
     end = inside + len(data)
     if (inside | end) & shape.sub_mask:
         return False
+    mapping = image.mapping
     cluster = offset >> shape.cluster_bits
-    descriptor, bitmap = image.mapping.decode(words, cluster)
+    table = mapping.l1[cluster >> shape.l1_shift] ^ COPIED
+    if table not in image.host.tables or image.host.lock.locked():
+        return False
+    descriptor, bitmap = mapping.decode(words, cluster)
     allocator = image.allocator
     assert allocator is not None
-    host = descriptor & OFFSET_MASK
-    if host:
-        if descriptor ^ host != COPIED or image.host.forbids(host):
+    if descriptor:
+        host = descriptor & OFFSET_MASK
+        owned = descriptor & (shape.invalid | COPIED) == COPIED
+        if not owned or image.host.forbids(host) or bitmap & bitmap >> ZERO_SHIFT:
             return False
-    elif descriptor or bitmap:
+    elif bitmap:
         return False
     else:
         host = allocator.allocate_nowait()
@@ -60,17 +66,16 @@ def first_touch_nowait(image: Image, words: Words, offset: int, data: Buffer) ->
             return False
     mask = (2 << ((end - 1) >> shape.sub_bits)) - (1 << (inside >> shape.sub_bits))
     entry = host | COPIED, (bitmap | mask) & ~(mask << ZERO_SHIFT)
-    done = lost = False
     try:
-        done = image.file.pwrite_nowait(host + inside, data) and image.mapping.store_nowait(
-            cluster, words, entry
+        done = image.file.pwrite_nowait(host + inside, data) and mapping.store_nowait(
+            table, cluster, words, entry
         )
-    except StoreLostError:
-        lost = True
-        raise
-    finally:
-        if not (done or descriptor or lost):
+    except OSError as exc:
+        if not descriptor and not isinstance(exc, StoreLostError):
             allocator.release(host, 1)
+        raise
+    if not done and not descriptor:
+        allocator.put_back()
     return done
 
 

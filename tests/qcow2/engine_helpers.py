@@ -196,6 +196,22 @@ class World:
         self.model = self.expected(operation, offset, length, data)
 
 
+async def write_hurriedly(node: BlockNode, offset: int, data: Buffer) -> bool:
+    """Write as the server does; whether it was done at once."""
+    if node.pwrite_nowait(offset, data):
+        return True
+    await node.pwrite(offset, data)
+    return False
+
+
+async def read_hurriedly(node: BlockNode, offset: int, length: int) -> bytearray:
+    """Read as the server does."""
+    buffer = bytearray(length)
+    if not node.pread_nowait(offset, memoryview(buffer)):
+        await node.pread(offset, memoryview(buffer))
+    return buffer
+
+
 def assert_same(got: bytes | bytearray, wanted: bytes | bytearray) -> None:
     """All bytes equal; names the first that is not."""
     if got != wanted:
@@ -240,6 +256,19 @@ class Suspending(PassThrough):
 
     async def flush(self) -> None:
         await self._wait()
+
+
+class Reluctant(Suspending):
+    """A file that at times does at once what it is asked for, and at times wants to wait."""
+
+    eager = 0.7
+    """How often it does it at once."""
+
+    def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
+        return self.rng.random() < self.eager and self.file.pread_nowait(offset, buffer)
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        return self.rng.random() < self.eager and self.file.pwrite_nowait(offset, data)
 
 
 class Failing(PassThrough):
