@@ -44,10 +44,12 @@ class BlockNode(ABC):
 
     def __init_subclass__(cls) -> None:
         # Whoever overrides an operation means all of its calls: a twin that is inherited would
-        # pass by what the override does.
+        # pass by what the override (a mixin's, perhaps) does.
         for operation in ("pread", "pwrite"):
-            if operation in vars(cls) and f"{operation}_nowait" not in vars(cls):
-                setattr(cls, f"{operation}_nowait", getattr(BlockNode, f"{operation}_nowait"))
+            twin = f"{operation}_nowait"
+            owner = next(c for c in cls.__mro__ if operation in vars(c) or twin in vars(c))
+            if twin not in vars(owner):
+                setattr(cls, twin, getattr(BlockNode, twin))
 
     @abstractmethod
     async def pread(self, offset: int, buffer: memoryview) -> None:
