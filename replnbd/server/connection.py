@@ -230,8 +230,7 @@ class Connection(asyncio.BufferedProtocol):
         inbox, outbox, node, size = self._inbox, self._outbox, self.export.node, self._size
         received = inbox.slab
         # By command: CMD_READ is 0, CMD_WRITE is 1.
-        nowait = node.pread_nowait, node.pwrite_nowait
-        eager = node.pread, node.pwrite
+        nowait, eager = (node.pread_nowait, node.pwrite_nowait), (node.pread, node.pwrite)
         operations, volume = [0, 0], [0, 0]
         for _ in range(BATCH_REQUESTS_MAX):
             start, end = inbox.start, inbox.end
@@ -261,19 +260,20 @@ class Connection(asyncio.BufferedProtocol):
                 inbox.start = body + length
                 place = received.view[body : body + length]
             try:
-                if not nowait[command](offset, place):
+                done = nowait[command](offset, place)
+                if not done:
                     running = eager[command](offset, place)
-                    waiting = running.send(None)
-                    request = Request(flags, command, cookie, offset, length)
-                    if command == CMD_READ:
-                        self._carry(running, waiting, request, outbox.lend(at + reply_size), reply)
-                    else:
-                        self._carry(running, waiting, request, None, received)
-                    continue
-            except StopIteration:
-                pass  # it has ended without suspending
+                    try:
+                        waiting = running.send(None)
+                    except StopIteration:  # it has ended without suspending
+                        done = True
             except (Exception, asyncio.CancelledError) as exc:
                 outbox.put(self.export.failed(exc, command, flags, self._bus), cookie)
+                continue
+            if not done:
+                request = Request(flags, command, cookie, offset, length)
+                later = outbox.lend(at + reply_size) if command == CMD_READ else None
+                self._carry(running, waiting, request, later, received if later is None else reply)
                 continue
             pack_simple_reply_into(reply.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
             outbox.at = at + reply_size
