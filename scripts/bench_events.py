@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -55,7 +56,7 @@ def checkpoint(settings: Settings) -> Rows:
     size = dirty[-1] * MIB + SPARE_SIZE
     load = Load(settings.directory, size, 0)
     found: dict[tuple[int, str], Rows] = {}
-    aborts = dict.fromkeys(settings.servers, 0)
+    aborts: Counter[tuple[int, str]] = Counter()
     servers: dict[type[Standby], Standby] = {}
     try:
         for turn in range(settings.repeat):
@@ -70,7 +71,7 @@ def checkpoint(settings: Settings) -> Rows:
                         if figures is None:
                             # With requests in flight QEMU 7.2 may find that "First cluster in
                             # emptied image is in use", and aborts.
-                            aborts[kind.name] += 1
+                            aborts[mib, kind.name] += 1
                             servers.pop(kind).close()
                             shutil.rmtree(settings.directory / kind.name)
                     found.setdefault((mib, kind.name), []).append(figures)
@@ -86,7 +87,7 @@ def checkpoint(settings: Settings) -> Rows:
             "stall ms": median(row["stall"] for row in rows),
             "max stall": max(row["stall"] for row in rows),
             "max calm": max(row["calm"] for row in rows),
-            "aborts": aborts[name],
+            "aborts": aborts[mib, name],
         }
         for (mib, name), rows in sorted(found.items())
     ]
