@@ -2,13 +2,14 @@
 
 What an emptied image had in use is free, and its blocks stay with the file: they are what the next
 writes take, for 1.1 µs per 4 KiB, where a new block costs 4.2 µs at the end of the file and 15 µs
-in a hole. So a file that is about to be filled again keeps a *reserve*: what it has needed since it
-was emptied the last time, or half of the last reserve, if that is more. A steady load never gives
-anything back, and disk use is bounded by the largest amount ever dirty; once that is over, half of
-what is too much goes with each checkpoint.
+in a hole. A file that is about to be filled again keeps as much of it as it has lately needed at
+most. So a steady load never gives anything back, and disk use is bounded by the most clusters that
+were in use at any one time (whole ones: written in part, they fill up as they are used again).
 
-The rest goes in steps from the end down, since freeing 100,000 extents at once takes 9 s, in which
-nobody can write to the file.
+The rest goes in steps from the end down: freeing 100,000 extents at once takes 9 s, in which nobody
+can write to the file. Each step locks the inode, too; usually for 0.2 to 0.5 ms, but for as long as
+the file system's journal makes it wait (25 ms in one step of a hundred, 300 ms at worst, on ext4
+with a busy disk). That is why what was needed is kept for minutes, not for a number of checkpoints.
 
 Laws.
 1. A step holds `HostFile.lock`: nobody takes clusters meanwhile, and what is in use is not touched.
@@ -27,6 +28,8 @@ from replnbd.qcow2.allocation import Allocator
 
 log = logging.getLogger(__name__)
 
+KEEP_S = 300.0
+"""What was needed is kept for so long at least, and at most twice as long."""
 _STEP_BYTES = 512 << 10
 """Of the file: 0.5 ms if each 64 KiB of it are an extent (ext4), as long as the inode is locked."""
 _ITEMS = 256
@@ -39,14 +42,30 @@ class Reclaimer:
     """One per image that is open for writing. `start` it under `HostFile.lock`; `stop` it before
     the file is closed."""
 
-    __slots__ = ("_allocator", "_host", "_reserve", "_retired", "_stopping", "_task", "_top")
+    __slots__ = (
+        "_allocator",
+        "_before",
+        "_host",
+        "_period_end",
+        "_recent",
+        "_reserve",
+        "_retired",
+        "_stopping",
+        "_task",
+        "_top",
+    )
 
     def __init__(self, allocator: Allocator) -> None:
         self._allocator = allocator
         self._host = allocator.host
-        # Host offsets. From _top on the file has nothing, unless the image has grown since.
+        # Host offsets. From _top on the file has nothing, unless the image has grown since; down to
+        # _reserve it may be cut. _recent and _before are the most that was needed in this period
+        # and in the one before it.
         self._top = 0
         self._reserve = 0
+        self._recent = 0
+        self._before = 0
+        self._period_end = 0.0
         self._retired: list[Callable[[], object]] = []
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
@@ -58,11 +77,17 @@ class Reclaimer:
 
     def start(self, needed: int, *, keep_space: bool) -> None:
         """The image is empty now, and before that used the file up to `needed`."""
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._period_end:
+            self._before, self._recent = self._recent, 0
+            self._period_end = loop.time() + KEEP_S
+        self._recent = max(self._recent, needed)
+        if not keep_space:
+            self._before = self._recent = 0
         self._top = max(self._top, needed)
-        half = self._reserve // 2 & -self._host.cluster_size
-        self._reserve = max(needed, half) if keep_space else 0
+        self._reserve = max(self._before, self._recent)
         if self._task is None and (self._retired or self._top > self._reserve):
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task = loop.create_task(self._run())
 
     async def stop(self) -> None:
         """Wait for the step under way. What is left is space until the image is emptied again."""
@@ -74,13 +99,14 @@ class Reclaimer:
         loop = asyncio.get_running_loop()
         host = self._host
         try:
-            await self._free_retired()
-            while not self._stopping.is_set():
+            while (self._retired or self._top > self._reserve) and not self._stopping.is_set():
+                await self._free_retired()
                 async with host.lock:
-                    if self._top <= self._reserve or host.corrupt:
-                        break
                     begin = loop.time()
-                    await self._step()
+                    if host.corrupt:
+                        break
+                    if self._top > self._reserve:
+                        await self._step()
                     pause = _PAUSE * (loop.time() - begin)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):

@@ -26,7 +26,7 @@ from engine_helpers import (
 )
 
 from replnbd.block import FileNode, MemoryNode, PassThrough, read_bytes
-from replnbd.qcow2 import Qcow2Node, check_image, create_image, open_qcow2, read_header
+from replnbd.qcow2 import Qcow2Node, check_image, create_image, open_qcow2, read_header, reclaim
 
 MIB = 1 << 20
 
@@ -110,7 +110,7 @@ async def test_stale_bytes_of_recycled_clusters_are_never_seen(
         before = space(path)
         await node.make_empty(keep_space=True)
         qemu_img("check", "-q", "-U", path)
-        assert space(path) == before
+        assert space(path) >= before - MIB // 4  # the file system's own blocks count, too
         world.model[:] = bytes(size)
         await world.verify()
         for _ in range(60):
@@ -144,15 +144,22 @@ async def test_disk_use_is_bounded_by_the_largest_interval(tmp_path: Path) -> No
             assert space(path) <= most + (1 << 20)
 
 
-async def test_space_that_is_not_needed_any_more_comes_back(tmp_path: Path) -> None:
+async def test_space_that_is_not_needed_any_more_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "image.qcow2"
+    monkeypatch.setattr(reclaim, "KEEP_S", 0.0)
     async with overlay(path, 1 << 30) as node:
         await fill(node, 600)
         await node.make_empty(keep_space=True)
         assert space(path) >= 600 * 4096
-        for _ in range(8):
-            await fill(node, 10)
-            await node.make_empty(keep_space=True)
+        await fill(node, 10)
+        await node.make_empty(keep_space=True)
+        # What was needed in this period or the one before is kept: that was the large one.
+        await reclaimed(node)
+        assert space(path) >= 600 * 4096
+        await fill(node, 10)
+        await node.make_empty(keep_space=True)
         # An interval needs 8 MiB at least: as much is taken at once.
         await eventually(lambda: space(path) < 200 * 4096)
         await fill(node, 600)
