@@ -5,13 +5,9 @@ What copy-before-write does. The order is that of a write (write.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from replnbd.block import BlockNode
-from replnbd.qcow2.entries import ZERO_SHIFT
 from replnbd.qcow2.state import Image
 from replnbd.qcow2.write import (
-    first_touch_nowait,
     is_shared,
     replace_cluster,
     run_of_clusters,
@@ -21,30 +17,8 @@ from replnbd.qcow2.write import (
     write_range,
 )
 
-if TYPE_CHECKING:
-    from replnbd.qcow2.mapping import Words
-
 _INLINE_MAX = 256 * 1024
 """Bytes. Up to here, what is in the page cache is copied in line; a thread costs 30 to 50 µs."""
-
-
-def copy_up_nowait(image: Image, words: Words, offset: int, length: int) -> int:
-    """OverlayNode.copy_up_nowait, within one cluster; `words`: the slice that maps it."""
-    shape = image.shape
-    descriptor, bitmap = image.mapping.decode(words, offset >> shape.cluster_bits)
-    inside = offset & shape.cluster_mask
-    mask = (2 << ((inside + length - 1) >> shape.sub_bits)) - (1 << (inside >> shape.sub_bits))
-    allocated = (bitmap | bitmap >> ZERO_SHIFT) & mask
-    if allocated == mask:
-        return 0 if image.mapping.fault(descriptor, bitmap) is None else -1
-    backing = image.backing
-    if allocated or backing is None or offset + length > image.backing_size:
-        return -1
-    image.copy_buffer = buffer = image.copy_buffer or _new_buffer(image)
-    old = buffer[:length]
-    if not backing.pread_nowait(offset, old):
-        return -1
-    return length if first_touch_nowait(image, words, offset, old) else -1
 
 
 async def copy_up(image: Image, offset: int, length: int) -> None:
@@ -76,7 +50,7 @@ async def _copy_some(image: Image, backing: BlockNode, offset: int, end: int) ->
     stop = min(end, (cluster + len(entries)) << shape.cluster_bits)
     length = stop - offset
     # Taken while it is in use: the file may suspend.
-    buffer, image.copy_buffer = image.copy_buffer or _new_buffer(image), None
+    buffer, image.copy_buffer = image.copy_buffer or new_copy_buffer(image), None
     try:
         if length <= len(buffer) and backing.pread_nowait(offset, buffer[:length]):
             await image.file.pwrite(host + inside, buffer[:length])
@@ -92,5 +66,6 @@ async def _copy_some(image: Image, backing: BlockNode, offset: int, end: int) ->
     return length
 
 
-def _new_buffer(image: Image) -> memoryview:
+def new_copy_buffer(image: Image) -> memoryview:
+    """What `Image.copy_buffer` is to be, from its first use on."""
     return memoryview(bytearray(max(_INLINE_MAX, image.shape.cluster_size)))

@@ -20,7 +20,7 @@ from replnbd.block import BlockNode, Buffer, Extent, OverlayNode, RangeLock
 from replnbd.block.range_lock import EVERYTHING
 from replnbd.errors import StateError
 from replnbd.qcow2 import empty, status, zeroes
-from replnbd.qcow2.copy_up import copy_up, copy_up_nowait
+from replnbd.qcow2.copy_up import copy_up, new_copy_buffer
 from replnbd.qcow2.entries import COPIED, OFFSET_MASK, ZERO_SHIFT
 from replnbd.qcow2.format import Header
 from replnbd.qcow2.read import read_range
@@ -225,13 +225,25 @@ class Qcow2Node(OverlayNode):
             return -1
         if self._extended:
             index = (cluster & self._slice_mask) << 1
+            descriptor = words[index]
+            bitmap = words[index + 1]
             mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (
                 1 << (inside >> self._sub_bits)
             )
-            bitmap = words[index + 1]
-            if (bitmap | bitmap >> ZERO_SHIFT) & mask == mask and not words[index] & self._invalid:
-                return 0
-        return copy_up_nowait(self._image, words, offset, length)
+        else:
+            descriptor, bitmap = self._mapping.decode(words, cluster)
+            mask = 1
+        allocated = (bitmap | bitmap >> ZERO_SHIFT) & mask
+        if allocated or descriptor & self._invalid:
+            return 0 if allocated == mask and not descriptor & self._invalid else -1
+        if offset + length > self._backing_size:
+            return -1
+        image = self._image
+        image.copy_buffer = buffer = image.copy_buffer or new_copy_buffer(image)
+        old = buffer[:length]
+        if not self.backing.pread_nowait(offset, old):  # type: ignore[union-attr]
+            return -1
+        return length if first_touch_nowait(image, words, offset, old) else -1
 
     async def copy_up(self, offset: int, length: int) -> None:
         self._host.check_writable()

@@ -537,7 +537,7 @@ async def test_what_is_compressed_is_inflated_by_the_coroutine(
     assert await read_bytes(node, 0, 512) == A[:512]
     before = path.read_bytes()
     assert read_nowait(node, 0, 512) is None
-    assert node.copy_up_nowait(0, CLUSTER) == 0
+    assert node.copy_up_nowait(0, CLUSTER) <= 0
     assert not node.pwrite_nowait(0, C)
     assert not node.pwrite_nowait(SUB, C[:SUB])
     assert path.read_bytes() == before
