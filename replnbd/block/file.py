@@ -65,6 +65,9 @@ class FileNode(BlockNode):
         self.size = _size_of(fd, path)
         self._flush_failure: int | None = None
         self._turns = asyncio.Semaphore(CALLS_MAX)
+        # Threads that punch, zero or truncate: the kernel holds the inode for as long as that
+        # takes (2 to 300 ms for fragmented megabytes), and a write in line would stop the loop.
+        self._freeing = 0
         # tmpfs has no RWF_NOWAIT and never waits for a disk; others that lack it go to a thread.
         self._read_flags: int | None = 0 if _on_memory_filesystem(fd) else os.RWF_NOWAIT
 
@@ -118,6 +121,8 @@ class FileNode(BlockNode):
 
     def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
         length = len(data)
+        if self._freeing:
+            return False
         if length <= WRITE_SLICE:
             done = os.pwrite(self._fd, data, offset)
             if done != length:
@@ -131,7 +136,7 @@ class FileNode(BlockNode):
     async def copy_from(
         self, source: BlockNode, source_offset: int, offset: int, length: int
     ) -> None:
-        if isinstance(source, FileNode):
+        if type(source) is FileNode:
             await self._in_thread(_copy_range, source._fd, source_offset, self._fd, offset, length)
         else:
             await super().copy_from(source, source_offset, offset, length)
@@ -140,13 +145,21 @@ class FileNode(BlockNode):
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
     ) -> None:
         mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE if unmap else _FALLOC_FL_ZERO_RANGE
-        await self._in_thread(_zero, self._fd, offset, length, mode, fast)
+        self._freeing += 1
+        try:
+            await self._in_thread(_zero, self._fd, offset, length, mode, fast)
+        finally:
+            self._freeing -= 1
 
     async def discard(self, offset: int, length: int) -> None:
         await self.write_zeroes(offset, length, unmap=True)
 
     async def truncate(self, size: int) -> None:
-        await self._in_thread(os.ftruncate, self._fd, size)
+        self._freeing += 1
+        try:
+            await self._in_thread(os.ftruncate, self._fd, size)
+        finally:
+            self._freeing -= 1
         self.size = size
 
     async def flush(self) -> None:

@@ -146,11 +146,11 @@ class Qcow2Node(OverlayNode):
         return first_touch_nowait(self._image, words, offset, data)
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
-        self._host.check_writable()
         if self.pwrite_nowait(offset, data):
             return
         key = await self._ranges.acquire(offset, len(data), True)
         try:
+            self._host.check_writable()
             await write_range(self._image, offset, data)
         finally:
             self._ranges.release(key)
@@ -246,9 +246,9 @@ class Qcow2Node(OverlayNode):
         return length if first_touch_nowait(image, words, offset, old) else -1
 
     async def copy_up(self, offset: int, length: int) -> None:
-        self._host.check_writable()
         key = await self._ranges.acquire(offset, length, True)
         try:
+            self._host.check_writable()
             await copy_up(self._image, offset, length)
         finally:
             self._ranges.release(key)

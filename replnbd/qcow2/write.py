@@ -72,7 +72,7 @@ def first_touch_nowait(image: Image, words: Words, offset: int, data: Buffer) ->
         )
     except OSError as exc:
         if not descriptor and not isinstance(exc, StoreLostError):
-            allocator.release(host, 1)
+            allocator.put_back()
         raise
     if not done and not descriptor:
         allocator.put_back()
