@@ -7,7 +7,6 @@ run. Every server brings its disk in itself, through NBD.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -197,13 +196,8 @@ def compare(
                         server.settle()
                 for cell in todo:
                     tell(f"{turn + 1}/{repeat} {cell.name}")
-                    runs = {}
-                    for server in order:
-                        # Not to measure how the kernel writes back what came before.
-                        os.sync()
-                        runs[server.name] = cell.run(load, server)
+                    runs = {server.name: cell.run(load, server) for server in order}
                     if floor and cell.shape.connections == 1:
-                        os.sync()
                         runs |= cell.run_floors(load, floor)
                     for name, run in runs.items():
                         results.setdefault(cell.name, {}).setdefault(name, []).append(run)
