@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from enum import Enum, auto
-from typing import Any
 
 from replnbd.block import Buffer
 from replnbd.events import EventBus
@@ -40,6 +39,7 @@ from replnbd.server.limits import (
     WHOLE_PAYLOAD_MAX,
 )
 from replnbd.server.operations import InFlight, Request, operation
+from replnbd.server.polling import BusyPoll
 from replnbd.server.slabs import Inbox, Outbox, Pool, Slab
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writable = export.writable
         # Flow
         self._hold = False
+        self._batch = 0  # requests in the last one
         self._write_paused = False
         self._reading_paused = False
         self._peer_done = False
@@ -94,7 +95,9 @@ class Connection(asyncio.BufferedProtocol):
     def start(self, transport: asyncio.Transport, early: bytes, *, write_paused: bool) -> None:
         """Take over a transport whose handshake is done; `early` are bytes received after it."""
         self._transport = transport
-        self._outbox = Outbox(transport, self._pool)
+        fd = transport.get_extra_info("socket").fileno()
+        self._outbox = Outbox(transport, self._pool, fd)
+        self._busy_poll = BusyPoll(fd)
         transport.set_write_buffer_limits(high=UNSENT_BYTES_MAX)
         self.export.connections.add(self)
         if write_paused:
@@ -109,8 +112,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         # What comes later is dropped: "A client MUST NOT send anything to the server after DISC".
-        if self.state is State.SERVING and self._inbox.received(nbytes):
-            self._run()
+        self._busy_poll.begin()
+        while nbytes and self.state is State.SERVING:
+            if self._inbox.received(nbytes):
+                self._run()
+            if self._hold or self._in_flight.count or self._transport.is_closing():
+                break
+            nbytes = self._busy_poll.receive(self._inbox.get_buffer(), self._batch)
 
     def eof_received(self) -> bool:
         """The client will send no more; it may still want its answers, as after DISC."""
@@ -273,7 +281,9 @@ class Connection(asyncio.BufferedProtocol):
             if not done:
                 request = Request(flags, command, cookie, offset, length)
                 later = outbox.lend(at + reply_size) if command == CMD_READ else None
-                self._carry(running, waiting, request, later, received if later is None else reply)
+                self._hold |= self._in_flight.carry(
+                    running, waiting, request, later, received if later is None else reply
+                )
                 continue
             pack_simple_reply_into(reply.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
             outbox.at = at + reply_size
@@ -282,6 +292,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._hold = True
             self._loop.call_soon(self._release)
+        self._batch = operations[0] + operations[1]
         for command in (CMD_READ, CMD_WRITE):
             self.export.stats.count(command, operations[command], volume[command])
 
@@ -351,24 +362,13 @@ class Connection(asyncio.BufferedProtocol):
             self._outbox.put(error, request.cookie)
             self._pool.give(slab)
         else:
-            self._carry(running, waiting, request, reply, slab)
+            self._hold |= self._in_flight.carry(running, waiting, request, reply, slab)
 
     def _send(self, reply: memoryview, cookie: int, slab: Slab | None) -> None:
         pack_simple_reply_into(reply, 0, SIMPLE_REPLY_MAGIC, 0, cookie)
         self._outbox.send(reply, slab)
 
     # Section: operations that have suspended
-
-    def _carry(
-        self,
-        running: Coroutine[Any, Any, None],
-        waiting: Any,  # noqa: ANN401 - what the loop's futures yield
-        *used: *tuple[Request, memoryview | None, Slab | None],
-    ) -> None:
-        """Let a task carry on an operation: its request, a READ's place, the slab it uses."""
-        self._in_flight.carry(running, waiting, *used)
-        if self._in_flight.full:
-            self._hold = True
 
     def _completed(
         self,

@@ -32,5 +32,17 @@ PACKED_READ_MAX = OUTBOX_BYTES // 4
 UNIX_SEND_BUFFER = 512 * 1024
 """What a unix socket holds of replies on their way; TCP finds its own measure."""
 
+POLL_S = 32e-6
+"""How long to look for the next request, see polling.py."""
+
+POLL_BATCH_MAX = 4
+"""Requests. After more, there is so much to do that sleeping costs each of them little."""
+
+POLL_TURN_S = 1e-3
+"""How long one connection may have the loop by that."""
+
+POLL_SKIPS_MAX = 63
+"""Batches after which not to look, where looking does not pay."""
+
 LINGER_S = 10.0
 """How long the peer has to read its last replies and to hang up."""

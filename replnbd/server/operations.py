@@ -89,8 +89,9 @@ class InFlight:
         request: Request,
         reply: memoryview | None,
         slab: Slab | None,
-    ) -> None:
-        """Take over an operation that has yielded `waiting`, and which uses `slab`."""
+    ) -> bool:
+        """Take over an operation that has yielded `waiting`: its request, a READ's place for the
+        reply, the slab it uses. Whether no more may begin now."""
         if slab is not None:
             slab.users += 1
         self.count += 1
@@ -99,6 +100,7 @@ class InFlight:
         task = self._loop.create_task(self._complete(running, waiting, request, reply, slab))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return self.full
 
     async def _complete(
         self,
