@@ -33,7 +33,7 @@ def test_what_has_come_is_found(pair: tuple[socket.socket, socket.socket]) -> No
     theirs.sendall(b"next")
     buffer = place()
     assert poll.receive(buffer, 1) == 4
-    assert buffer[:4] == b"next"
+    assert bytes(buffer[:4]) == b"next"
     assert poll.receive(buffer, 1) == 0
 
 
