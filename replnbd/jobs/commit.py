@@ -58,6 +58,7 @@ class CommitJob(Job):
         # Chunks begin and end where every overlay can drop.
         self._granularity = max(overlay.granularity for overlay in overlays)
         self._chunk = max(CHUNK, self._granularity)
+        self._buffer = memoryview(bytearray(self._chunk))
         self._copied_start = 0
         self._copied_end = 0
         self.progress_total = sum(overlay.allocated_bytes for overlay in overlays)
@@ -73,7 +74,8 @@ class CommitJob(Job):
             self._copied_start = self._copied_end = position
             batch: list[tuple[int, int]] = []
             while position < size and len(batch) * self._chunk < BATCH:
-                allocated, length = await self._next(position)
+                length = await self._unallocated(position)
+                allocated = not length
                 if allocated:
                     position &= -self._granularity
                     length = min(self._chunk - position % self._chunk, size - position)
@@ -97,18 +99,20 @@ class CommitJob(Job):
         self._copied_start = self._copied_end = 0
         self._ended(self)
 
-    async def _next(self, position: int) -> tuple[bool, int]:
-        """Whether an overlay has the byte at `position`; if none has, for how many bytes.
+    async def _unallocated(self, position: int) -> int:
+        """For how many bytes from `position` on no overlay has anything.
 
         Without a lock: what is unallocated in all overlays stays so (see the head of this file).
         """
         length = self._base.size - position
         for overlay in self._overlays:
-            allocated, count = await overlay.allocated(position, length)
+            # Not how long an allocated run is: to look that up for every chunk of it would cost
+            # more than the copying.
+            allocated, _ = await overlay.allocated(position, min(length, self._granularity))
             if allocated:
-                return True, count
-            length = count
-        return False, length
+                return 0
+            _, length = await overlay.allocated(position, length)
+        return length
 
     async def _copy(self, offset: int, length: int) -> None:
         top, base = self._top, self._base
@@ -120,7 +124,7 @@ class CommitJob(Job):
                     if extent.zero:
                         await base.write_zeroes(position, extent.length)
                     else:
-                        buffer = memoryview(bytearray(extent.length))
+                        buffer = self._buffer[: extent.length]
                         self.operation = "read"
                         await top.pread(position, buffer)
                         self.operation = "write"
