@@ -25,7 +25,7 @@ any order, so refcounts may be behind the entries they count: `open_qcow2(dirty_
 
     open, create, check, inspect    what one calls
     image                           the node: fast paths, range lock
-    read, write, zeroes, empty, status, compressed      the verbs
+    read, write, copy_up, zeroes, empty, status, compressed      the verbs
     reclaim                         space and memory that go back in the background
     state                           an open image's parts, and the lookups the verbs share
     mapping                         the L1 table, cached L2 slices, and the stores to them

@@ -12,6 +12,22 @@ A request is *in flight* while its node operation is suspended; nearly all finis
 arrived, because the peer does not read, too much is in flight, or the connection is to end. A
 *fence* refuses an export to everyone, with a reason.
 
+The life of a request, a 4 KiB WRITE of the primary while replication runs:
+
+    Connection.buffer_updated      the bytes are in the Inbox; `_run` is one batch, and `_parse` is
+        ._parse                    its loop: unpack, check, and ask the export's node
+      GateNode.pwrite_nowait       nobody has the range, so no lock is taken (replication/nodes.py)
+      CopyBeforeWrite.pwrite_nowait        old data first (filters/copy_before_write.py):
+        Qcow2Node.copy_up_nowait           is it saved? else read it, and (qcow2/image.py)
+          first_touch_nowait               store it, then its L2 entry (qcow2/write.py)
+        FileNode.pwrite_nowait             then the write itself (block/file.py)
+    Outbox                         the reply is packed; one write sends those of the batch
+    BusyPoll                       a short look for the next request, then the loop sleeps
+
+Any of these may answer False, "not without waiting": then `_parse` starts the coroutine `pwrite` of
+the same nodes, which can do everything. It is driven eagerly (resume.py), and most often still
+ends there; if it suspends, a task carries it on (operations.py), and `_completed` answers it.
+
 Laws.
 1. One batch, one `write`. No task, future, log line or copy for a request that does not suspend.
 2. A node gets valid requests only (`replnbd.nbd.validate`), and is driven eagerly.
