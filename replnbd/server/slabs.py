@@ -248,7 +248,11 @@ class Outbox:
         self.flush()
         self.begin()
         if self.at or self.limit < OUTBOX_BYTES:
-            self.slab = Slab(OUTBOX_BYTES)
+            if not self.slab.users:
+                self.slab.pooled = True  # nobody but the transport has it: the pool's, once sent
+                self._sent.append(self.slab)
+            self.slab = self._pool.take(OUTBOX_BYTES)
+            self.slab.pooled = False
             self.limit = OUTBOX_BYTES
             self.at = self._start = 0
 
