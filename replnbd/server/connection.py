@@ -95,9 +95,8 @@ class Connection(asyncio.BufferedProtocol):
     def start(self, transport: asyncio.Transport, early: bytes, *, write_paused: bool) -> None:
         """Take over a transport whose handshake is done; `early` are bytes received after it."""
         self._transport = transport
-        fd = transport.get_extra_info("socket").fileno()
-        self._outbox = Outbox(transport, self._pool, fd)
-        self._busy_poll = BusyPoll(fd)
+        self._outbox = Outbox(transport, self._pool)
+        self._busy_poll = BusyPoll(transport.get_extra_info("socket").fileno())
         transport.set_write_buffer_limits(high=UNSENT_BYTES_MAX)
         self.export.connections.add(self)
         if write_paused:

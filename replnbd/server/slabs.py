@@ -10,7 +10,6 @@ times what it costs to move one.
 from __future__ import annotations
 
 import asyncio
-import os
 
 from replnbd.nbd import SIMPLE_REPLY_SIZE, pack_simple_reply_into
 from replnbd.nbd.constants import SIMPLE_REPLY_MAGIC
@@ -179,12 +178,10 @@ class Outbox:
     reply (`lend`), which is written on its own when it is ready.
     """
 
-    __slots__ = ("_fd", "_pool", "_sent", "_start", "_transport", "at", "limit", "slab")
+    __slots__ = ("_pool", "_sent", "_start", "_transport", "at", "limit", "slab")
 
-    def __init__(self, transport: asyncio.Transport, pool: Pool, fd: int = -1) -> None:
-        """`fd`: the transport's socket, if bytes may go to it as they are."""
+    def __init__(self, transport: asyncio.Transport, pool: Pool) -> None:
         self._transport = transport
-        self._fd = fd
         self._pool = pool
         self._sent: list[Slab] = []
         self.slab = Slab(START_BYTES)
@@ -204,7 +201,7 @@ class Outbox:
         """Write what is packed. May call the protocol's pause_writing."""
         at = self.at
         if at > self._start:
-            self._write(self.slab.view[self._start : at])
+            self._transport.write(self.slab.view[self._start : at])
             self._start = at
             if not self.slab.users and not self._transport.get_write_buffer_size():
                 self.at = self._start = 0  # it is all gone: stay where the cache is warm
@@ -219,24 +216,9 @@ class Outbox:
     def send(self, reply: memoryview, slab: Slab | None) -> None:
         """Write a reply that lies elsewhere; its slab goes back to the pool when it is sent."""
         self.flush()  # any order will do, but the order of requests is nicest
-        self._write(reply)
+        self._transport.write(reply)
         if slab is not None and slab.pooled:
             self._sent.append(slab)
-
-    def _write(self, data: memoryview) -> None:
-        # At once: uvloop's transport sends at the end of the loop's turn, and there we may poll for
-        # the next request. What the socket does not take goes the transport's way. A transport
-        # that is closing has given its descriptor back.
-        transport = self._transport
-        if self._fd >= 0 and not transport.get_write_buffer_size() and not transport.is_closing():
-            try:
-                sent = os.write(self._fd, data)
-            except OSError:
-                sent = 0  # full, or broken, which the transport finds out as well
-            if sent == len(data):
-                return
-            data = data[sent:]
-        transport.write(data)
 
     def _recycle(self) -> None:
         for slab in self._sent:
