@@ -23,7 +23,7 @@ from replnbd.qcow2 import empty, status, zeroes
 from replnbd.qcow2.copy_up import copy_up, new_copy_buffer
 from replnbd.qcow2.entries import COPIED, OFFSET_MASK, ZERO_SHIFT
 from replnbd.qcow2.format import Header
-from replnbd.qcow2.read import read_range
+from replnbd.qcow2.read import read_range, read_subclusters_nowait
 from replnbd.qcow2.reclaim import Reclaimer
 from replnbd.qcow2.state import Image
 from replnbd.qcow2.write import first_touch_nowait, write_range
@@ -91,16 +91,19 @@ class Qcow2Node(OverlayNode):
                 mask = (2 << ((inside + length - 1) >> self._sub_bits)) - (
                     1 << (inside >> self._sub_bits)
                 )
-                state = words[index + 1] & mask * _BOTH
+                bitmap = words[index + 1]
+                state = bitmap & mask * _BOTH
             else:
                 descriptor = words[cluster & self._slice_mask]
                 mask = 1
-                state = 1 if descriptor & OFFSET_MASK else 0
+                bitmap = state = 1 if descriptor & OFFSET_MASK else 0
             if descriptor & self._invalid:
                 return False
             if state:
+                if state != mask:
+                    return read_subclusters_nowait(self._image, descriptor, bitmap, offset, buffer)
                 host = descriptor & OFFSET_MASK
-                if state != mask or not host or host >= self._host.end:
+                if not host or host >= self._host.end:
                     return False
                 if host in self._host.metadata:
                     return False

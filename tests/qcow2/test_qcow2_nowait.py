@@ -163,6 +163,52 @@ async def test_neighbours_that_allocate_and_free_at_the_same_time_share_nothing(
     assert await findings(memory) == (0, 0)
 
 
+@pytest.mark.parametrize("seed", range(20))
+async def test_a_cluster_of_subclusters_in_all_states_is_read_at_once(seed: int) -> None:
+    """Data here, zeroes here, the backing's: in any pattern, from any byte to any other."""
+    rng = random.Random(seed)
+    memory = await make_image(EXTENDED)
+    backing = MemoryNode(EXTENDED.size)
+    await backing.pwrite(0, rng.randbytes(EXTENDED.size))
+    node = await open_qcow2(memory, backing=backing)
+    base = 3 * CLUSTER
+    model = bytearray(await read_bytes(backing, base, CLUSTER))
+    for sub in range(0, CLUSTER, SUB):
+        choice = rng.randrange(3)
+        if choice == 1:
+            model[sub : sub + SUB] = rng.randbytes(SUB)
+            await node.pwrite(base + sub, bytes(model[sub : sub + SUB]))
+        elif choice == 2:
+            model[sub : sub + SUB] = bytes(SUB)
+            await node.write_zeroes(base + sub, SUB)
+    for _ in range(100):
+        start = rng.randrange(CLUSTER)
+        end = rng.randrange(start, CLUSTER) + 1
+        assert_same(read_nowait(node, base + start, end - start) or b"", model[start:end])
+
+
+async def test_a_read_of_several_states_leaves_what_must_wait_to_the_coroutine() -> None:
+    memory = await make_image(EXTENDED)
+    backing = Reluctant(MemoryNode(EXTENDED.size - SUB), 0)  # ends within the last cluster
+    await backing.pwrite(0, b"b" * (EXTENDED.size - SUB))
+    file = Reluctant(memory, 0)
+    file.eager = backing.eager = 1.0
+    node = await open_qcow2(file, backing=backing)
+    last = EXTENDED.size - CLUSTER
+    for place in (0, last):
+        await node.pwrite(place + SUB, A[:SUB])
+    wanted = b"b" * SUB + b"a" * SUB + b"b" * (CLUSTER - 2 * SUB)
+    assert read_nowait(node, 0, CLUSTER) == wanted
+    for slow in (file, backing):
+        slow.eager = 0.0
+        assert read_nowait(node, 0, CLUSTER) is None
+        assert_same(await read_bytes(node, 0, CLUSTER), wanted)
+        slow.eager = 1.0
+    # Past the end of the backing there are zeroes, which only the coroutine knows.
+    assert read_nowait(node, last, CLUSTER) is None
+    assert_same(await read_bytes(node, last, CLUSTER), wanted[:-SUB] + bytes(SUB))
+
+
 # Section: the n-th operation on the file fails
 
 
