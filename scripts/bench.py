@@ -23,12 +23,13 @@ import bench_cells
 import bench_events
 import bench_report
 import bench_scale
+import bench_slow_disk
 from bench_bars import Verdict
 from bench_cells import SECTIONS, Results
 from bench_events import Rows, Settings
 from bench_load import MIB, Load
 
-SERVERS = ("qemu", "replnbd", "nbdkit", "qemu-nbd", "floor")
+SERVERS = ("qemu", "replnbd", "nbdkit", "qemu-nbd", "floor", "wire")
 WARM_DISKS = 12  # the files of a section, and room for the kernel to choose pages
 
 
@@ -50,6 +51,12 @@ EVENTS = {
         f"failovers while the standby writes {bench_events.STANDBY_WRITES_PER_S} times a second",
         bench_events.failover,
         bench_bars.of_failover,
+    ),
+    "slow-disk": Event(
+        f"another disk, while each request of a slow one takes {bench_slow_disk.DELAY_S * 1000:.0f}"
+        " ms and 32 clients wait for it",
+        bench_slow_disk.slow_disk,
+        bench_bars.of_slow_disk,
     ),
     "start": Event(
         "from exec until a client is greeted, overlays there",
@@ -163,6 +170,12 @@ def measure(options: argparse.Namespace, sections: Sequence[str]) -> dict[str, A
                 bench_report.print_rows(event.title, events[name])
                 verdicts += event.bars(events[name])
     bench_report.print_bars(verdicts)
+    profile = bench_bars.profile(results)
+    if profile:
+        bench_report.print_rows(
+            "rates below a bar, and what a loop did that makes the same calls, or only answers",
+            profile,
+        )
     if options.markdown:
         options.markdown.write_text(bench_report.markdown(results))
     if options.chart:
@@ -175,6 +188,7 @@ def measure(options: argparse.Namespace, sections: Sequence[str]) -> dict[str, A
         "cells": bench_report.cells_json(results),
         **events,
         "bars": [asdict(verdict) for verdict in verdicts],
+        "profile": profile,
     }
 
 

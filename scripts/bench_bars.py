@@ -12,6 +12,7 @@ from bench_load import Run
 
 CHECKPOINT_MS, STALL_MS = 5, 10
 FAILOVER_MS, FIRST_READ_MS = 20, 5
+SLOW_DISK_P99_MS = 5
 START_S = 0.5
 MEMORY_CLUSTERS, MEMORY_MIB = 1_000_000, 150
 GROWTH = 1.1
@@ -97,6 +98,45 @@ def throughput(cell: str, servers: dict[str, list[Run]], other: str, bar: float)
     return Verdict(cell, wanted, text, met)
 
 
+def profile(results: Results) -> Rows:
+    """Where a request's processor time goes, for the cells that miss a rate.
+
+    The wire (client, sockets, a loop that answers) and the calls (the reads and writes below any
+    server) were measured without replnbd in the same run; the rest is replnbd's own. The floor is
+    the wire's rate, or that of a processor that does both, if that is less.
+    """
+    rows: Rows = []
+    for cell, servers in results.items():
+        floors = [runs for name, runs in servers.items() if name.startswith("floor")]
+        if not floors or not {"wire", "replnbd"} <= set(servers):
+            continue
+        wanted = max(
+            (bar * median(servers[other]) for other, bar in ratio_bar(cell).items()
+             if other in servers),
+            default=0.0,
+        )  # fmt: skip
+        reached = median(servers["replnbd"])
+        if reached >= wanted:
+            continue
+        spent, wire = (median(servers[name], cpu) for name in ("replnbd", "wire"))
+        calls = min(median(runs, cpu) for runs in floors)
+        floor = min(median(servers["wire"]), 1e6 / (wire + calls))
+        rows.append(
+            {
+                "cell": cell,
+                "bar /s": wanted,
+                "floor /s": floor,
+                "replnbd /s": reached,
+                "of floor": f"{reached / floor:.0%}",
+                "CPU µs": spent,
+                "wire": wire,
+                "calls": calls,
+                "rest": spent - wire - calls,
+            }
+        )
+    return rows
+
+
 def of_checkpoint(rows: Rows) -> Iterator[Verdict]:
     """The longest command and the longest wait of all repetitions."""
     for row in rows:
@@ -115,6 +155,14 @@ def of_failover(rows: Rows) -> Iterator[Verdict]:
         if "qemu" in found:
             qemu = found["qemu"]["committed s"]
             yield at_most("failover: committed", row["committed s"], qemu, "s (qemu's)")
+
+
+def of_slow_disk(rows: Rows) -> Iterator[Verdict]:
+    """Every request next to a slow disk."""
+    for row in rows:
+        if row["load"] != "none":
+            what = f"slow disk ({row['load']}), {row['request']}: p99"
+            yield at_most(what, row["p99"], SLOW_DISK_P99_MS, "ms")
 
 
 def of_start(rows: Rows) -> Iterator[Verdict]:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 from bench_floor import Floor
 from bench_load import CLUSTER_SIZE, KIB, MIB, Load, Run, Shape
-from bench_servers import Nbdkit, Qemu, QemuNbd, Replnbd, Server, Standby
+from bench_servers import Nbdkit, Qemu, QemuNbd, Replnbd, Server, Standby, Wire
 
 SMALL = Shape(4 * KIB, 32)
 FOUR = Shape(4 * KIB, 32, connections=4)
@@ -73,7 +73,6 @@ class Section:
     kinds: Sequence[type[Server]]
     groups: Sequence[Group]
     tcp: bool = False
-    floor: bool = True
 
 
 def untouched(load: Load, server: Standby) -> None:
@@ -132,7 +131,7 @@ def first_touches() -> Iterator[Group]:
 STANDBYS = (Qemu, Replnbd)
 SECTIONS = {
     "cells": Section(STANDBYS, [*groups(), *first_touches()]),
-    "tcp": Section(STANDBYS, [*groups(" tcp", [SMALL])], tcp=True, floor=False),
+    "tcp": Section(STANDBYS, [*groups(" tcp", [SMALL])], tcp=True),
     "plain": Section(
         (QemuNbd, Nbdkit, Replnbd),
         [
@@ -179,10 +178,12 @@ def compare(
     if not any(cell.name in cells for group in section.groups for cell in group.cells):
         return results
     with running(section, load, wanted) as servers, ExitStack() as stack:
-        floor = None
-        if section.floor and "floor" in wanted:
+        floor = wire = None
+        if "floor" in wanted:
             floor = Floor(load.directory / "floor", load.size)
             stack.callback(floor.close)
+        if "wire" in wanted:
+            wire = stack.enter_context(Wire(load.directory / "wire", load.size, tcp=section.tcp))
         for turn in range(repeat):
             order = servers if turn % 2 == 0 else servers[::-1]
             for group in section.groups:
@@ -199,6 +200,8 @@ def compare(
                     runs = {server.name: cell.run(load, server) for server in order}
                     if floor and cell.shape.connections == 1:
                         runs |= cell.run_floors(load, floor)
+                    if wire and cell.shape.connections == 1:
+                        runs["wire"] = cell.run(load, wire)
                     for name, run in runs.items():
                         results.setdefault(cell.name, {}).setdefault(name, []).append(run)
     return results

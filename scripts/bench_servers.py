@@ -160,6 +160,19 @@ class QemuNbd(Server):
         return ["qemu-nbd", *place, *options, "--export-name=disk", str(self.disk)]
 
 
+class Wire(Server):
+    """No server at all, see bench_wire.py: what the client and the sockets do at best."""
+
+    name = "wire"
+
+    def make_files(self) -> None:
+        pass
+
+    def command(self) -> list[str]:
+        script = Path(__file__).with_name("bench_wire.py")
+        return [sys.executable, str(script), str(self.port or self.socket), str(self.size)]
+
+
 class Standby(Server):
     """A server with overlays, and a control socket that speaks QMP."""
 

@@ -2,7 +2,7 @@
 
 A daemon serves two disks. A client reads, writes and flushes 4 KiB of the second disk, and a
 manager asks for the status, one at a time, for some seconds: first alone, then while 32 clients
-wait for the first disk, each request of which takes 50 ms. Bar: a p99 of 5 ms.
+wait for the first disk, each request of which takes 50 ms.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import uvloop
+from bench_cells import tell
+from bench_events import Rows, Settings
 from nbd_client import NbdClient
 
 from replnbd.control import ControlClient
@@ -33,11 +35,17 @@ RUNTIME_S = 3.0
 DISK_SIZE = 64 << 20
 REQUEST_SIZE = 4096
 READY_S = 20.0
+LOADS = {
+    "none": None,
+    "read a DelayNode": ("delay", "read"),
+    "flush a DelayNode": ("delay", "flush"),
+    "flush, in threads": ("slow", "flush"),
+}
 
 _spawn = get_context("spawn")
 
 
-def serve(folder: Path) -> None:
+def serve(folder: Path, sockets: Path) -> None:
     """The daemon's process: disks "slow" and "well", and an export "delay" of the first one through
     a DelayNode. fdatasync of the first one's file takes 50 ms, in a thread as on a real disk."""
     disks = [
@@ -60,15 +68,15 @@ def serve(folder: Path) -> None:
             await asyncio.Event().wait()
 
     os.fdatasync = slow_fdatasync  # type: ignore[assignment]
-    server = ServerConfig(listen=[f"nbd+unix:///?socket={folder}/nbd"], control=f"{folder}/qmp")
+    server = ServerConfig(listen=[f"nbd+unix:///?socket={sockets}/nbd"], control=f"{sockets}/qmp")
     uvloop.run(run(check_config(Config(server=server, disk=disks), folder)))
 
 
-def use(folder: Path, export: str, command: str) -> None:
+def use(sockets: Path, export: str, command: str) -> None:
     """The slow disk's clients' process: each sends one `command` after the other, for ever."""
 
     def client() -> None:
-        with NbdClient(f"{folder}/nbd", export) as disk:
+        with NbdClient(f"{sockets}/nbd", export) as disk:
             while True:
                 disk.read(0, REQUEST_SIZE) if command == "read" else disk.flush()
 
@@ -101,11 +109,11 @@ def connect(path: str) -> ControlClient:
             time.sleep(0.05)
 
 
-def measure(folder: Path, control: ControlClient) -> dict[str, list[float]]:
+def measure(sockets: Path, control: ControlClient) -> dict[str, list[float]]:
     """Seconds that each request and command took, in order of length."""
     took: dict[str, list[float]] = {}
     data = os.urandom(REQUEST_SIZE)
-    with NbdClient(f"{folder}/nbd", "well") as disk:
+    with NbdClient(f"{sockets}/nbd", "well") as disk:
         calls: dict[str, Callable[[], object]] = {
             "read": lambda: disk.read(0, REQUEST_SIZE),
             "write": lambda: disk.write(0, data),
@@ -121,35 +129,34 @@ def measure(folder: Path, control: ControlClient) -> dict[str, list[float]]:
     return {name: sorted(times) for name, times in took.items()}
 
 
-def main() -> None:
-    """Measure alone, and under each load."""
-    loads = {
-        "alone": None,
-        "reads of a DelayNode": ("delay", "read"),
-        "flushes of a DelayNode": ("delay", "flush"),
-        "flushes in threads": ("slow", "flush"),
-    }
-    print(f"{'ms: median / p99 / max':24}{'read':>24}{'write':>24}{'flush':>24}{'QMP':>24}")
-    with tempfile.TemporaryDirectory(prefix="replnbd-") as name:
-        folder = Path(name)
-        for disk in ("slow", "well"):
-            with open(folder / f"{disk}.raw", "wb") as file:
-                file.truncate(DISK_SIZE)
-        with process(serve, folder), connect(f"{folder}/qmp") as control:
-            for load, arguments in loads.items():
+def slow_disk(settings: Settings) -> Rows:
+    """Milliseconds that a request of a disk, or a command, takes while another disk is slow."""
+    if "replnbd" not in settings.servers:
+        return []
+    rows: Rows = []
+    for disk in ("slow", "well"):
+        with open(settings.directory / f"{disk}.raw", "wb") as file:
+            file.truncate(DISK_SIZE)
+    # Not in the directory: the path of a unix socket must be short.
+    with tempfile.TemporaryDirectory(prefix="replnbd-", dir="/tmp") as name:
+        sockets = Path(name)
+        with process(serve, settings.directory, sockets), connect(f"{sockets}/qmp") as control:
+            for load, arguments in LOADS.items():
+                tell(f"slow disk: {load}")
                 if arguments is None:
-                    took = measure(folder, control)
+                    took = measure(sockets, control)
                 else:
-                    with process(use, folder, *arguments):
+                    with process(use, sockets, *arguments):
                         time.sleep(1)  # until all of them wait
-                        took = measure(folder, control)
-                shown = (
-                    f"{t[len(t) // 2] * 1e3:.2f} / {t[len(t) * 99 // 100] * 1e3:.2f}"
-                    f" / {t[-1] * 1e3:.1f}"
-                    for t in took.values()
-                )
-                print(f"{load:24}" + "".join(f"{text:>24}" for text in shown), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+                        took = measure(sockets, control)
+                rows += [
+                    {
+                        "load": load,
+                        "request": request,
+                        "median ms": times[len(times) // 2] * 1e3,
+                        "p99": times[len(times) * 99 // 100] * 1e3,
+                        "max": times[-1] * 1e3,
+                    }
+                    for request, times in took.items()
+                ]
+    return rows

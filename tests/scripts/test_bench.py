@@ -34,11 +34,16 @@ def test_a_cell_is_measured_on_both_servers(tmp_path: Path, cell: str) -> None:
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures["cells"]) == [cell]
     servers, ratio = figures["cells"][cell]["servers"], figures["cells"][cell]["ratio"]
-    assert {"qemu", "replnbd"} <= set(servers)
+    assert {"qemu", "replnbd", "floor", "wire"} <= set(servers)
     assert all(len(server["requests-per-s"]) == 1 for server in servers.values())
     assert ratio["qemu"] == servers["replnbd"]["median"] / servers["qemu"]["median"]
     assert [bar["what"] for bar in figures["bars"]] == [cell, f"{cell}: p99", f"{cell}: CPU"]
     assert "of 3 bars met" in done.stdout
+    # Where a rate misses its bar, the run shows what the request's time was spent on.
+    missed = [bar["what"] for bar in figures["bars"][:1] if not bar["met"]]
+    assert [row["cell"] for row in figures["profile"]] == missed
+    for row in figures["profile"]:
+        assert row["CPU µs"] == pytest.approx(row["wire"] + row["calls"] + row["rest"])
     state, load = re.fullmatch(r"(.+) (4k@.+)", cell).groups()  # type: ignore[union-attr]
     assert (tmp_path / "table.md").read_text().splitlines() == [
         f"| times QEMU's requests/s | {load} |",
@@ -58,7 +63,7 @@ def test_a_plain_export_is_measured_next_to_other_servers(tmp_path: Path) -> Non
     cells = json.loads(done.stdout)["cells"]
     assert list(cells) == ["plain read 4k@32", "plain write 4k@32"]
     for cell in cells.values():
-        assert set(cell["servers"]) == {"qemu-nbd", "nbdkit", "replnbd", "floor"}
+        assert set(cell["servers"]) == {"qemu-nbd", "nbdkit", "replnbd", "floor", "wire"}
 
 
 @pytest.mark.interop
