@@ -72,7 +72,12 @@ def stop(control: str) -> None:
 @click.command()
 @control
 @click.option("--wait", is_flag=True, help="Wait until all is committed, with a progress bar.")
-def failover(control: str, wait: bool) -> None:
+@click.option(
+    "--to", "target", type=click.Choice(["standby", "checkpoint", "latest"]),
+    help="What becomes the disk: the standby's view (the default), the last checkpoint without the"
+    " standby's own writes, or what the primary wrote last.",
+)  # fmt: skip
+def failover(control: str, wait: bool, target: str | None) -> None:
     """Make the standby's view the disk.
 
     On all disks, and the primary is fenced: its connections end, new ones are refused.
@@ -81,7 +86,8 @@ def failover(control: str, wait: bool) -> None:
     commit, the same command tries it again.
     """
     with ControlClient(control) as client:
-        client.execute("xen-set-replication", enable=False, primary=False, failover=True)
+        to = {} if target is None else {"x-replnbd-to": target}
+        client.execute("xen-set-replication", enable=False, primary=False, failover=True, **to)
         if wait:
             _wait_for_commit(client)
         _say_stages(client)

@@ -27,7 +27,8 @@ def size(count: int) -> str:
 
 
 def status(answer: dict[str, Any]) -> None:
-    """The answer of `x-replnbd-status`, one line a disk."""
+    """The answer of `x-replnbd-status`: a line for the group, and one a disk."""
+    click.echo(group_line(answer))
     for disk in answer["disks"]:
         fields = {
             "stage": disk["stage"] + (" (fenced)" if disk["fenced"] else ""),
@@ -46,6 +47,16 @@ def status(answer: dict[str, Any]) -> None:
         if disk["error"] is not None:
             fields["error"] = disk["error"]
         click.echo(f"{disk['name']}: " + "; ".join(f"{k} {v}" for k, v in fields.items()))
+
+
+def group_line(answer: dict[str, Any]) -> str:
+    """What is the same for all disks."""
+    line = f"group: generation {answer['generation']}"
+    if answer["recovered-from"] is not None:
+        line += f"; recovered from {answer['recovered-from']}"
+    if answer["suspended"] is not None:
+        line += f"; suspended: {answer['suspended']}"
+    return line
 
 
 def jobs(listed: list[dict[str, Any]]) -> None:

@@ -44,6 +44,7 @@ def watch_status(ask: Callable[[], dict[str, Any]], interval_s: float) -> None:
 def status_table(answer: dict[str, Any]) -> Table:
     """The answer of `x-replnbd-status`; overlays and writes count since the last checkpoint."""
     table = Table(title=escape(f"replnbd {answer['version']}: {', '.join(answer['listen'])}"))
+    table.caption = escape(show.group_line(answer))
     for heading in ("disk", "stage", "checkpoint", "hidden", "active"):
         table.add_column(heading)
     table.add_column("written: primary / standby")

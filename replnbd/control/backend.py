@@ -28,11 +28,14 @@ class Backend(Protocol):
 
     # Section: replication
 
-    async def set_replication(self, enable: bool, primary: bool, failover: bool) -> None:
+    async def set_replication(
+        self, enable: bool, primary: bool, failover: bool, target: str | None = None
+    ) -> None:
         """`xen-set-replication`: start (`enable`), stop, or fail over (`failover`).
 
         `primary` tells which mode the caller believes this side to be in. `failover` is only
-        ever true when `enable` is false. Raises StateError with QEMU's texts: "Block replication
+        ever true when `enable` is false, and only then there is a `target`: "standby" (what None
+        means), "checkpoint" or "latest". Raises StateError with QEMU's texts: "Block replication
         is running or done", "The parameter mode's value is invalid, needs 1, but got 0", ...
         """
 

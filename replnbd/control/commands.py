@@ -96,13 +96,18 @@ async def quit_(backend: Backend, arguments: Arguments) -> JsonObject:
     Argument("enable", bool),
     Argument("primary", bool),
     Argument("failover", bool, optional=True),
+    Argument("x-replnbd-to", str, optional=True, choices=("standby", "checkpoint", "latest")),
 )
 async def xen_set_replication(backend: Backend, arguments: Arguments) -> JsonObject:
-    """Start replication, stop it, or (`failover`) make the standby's view the disk."""
-    enable = arguments["enable"]
+    """Start replication, stop it, or (`failover`) make the standby's view the disk; or, with
+    `x-replnbd-to`, the last checkpoint alone, or what the primary wrote last."""
+    enable, failover = arguments["enable"], arguments.get("failover", False)
     if enable and "failover" in arguments:
         raise ControlError("Parameter 'failover' is only for stopping replication")
-    await backend.set_replication(enable, arguments["primary"], arguments.get("failover", False))
+    target = arguments.get("x-replnbd-to")
+    if target is not None and not failover:
+        raise ControlError("Parameter 'x-replnbd-to' is only for a failover")
+    await backend.set_replication(enable, arguments["primary"], failover, target)
     return {}
 
 

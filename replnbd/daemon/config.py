@@ -31,7 +31,8 @@ def default_control() -> str:
 
 
 _NAME_MAX = 4096  # NBD's bound on an export name (proto.md, "Values"); QEMU's, too
-_IMAGES = ("secondary", "hidden", "active")
+IMAGES = ("secondary", "hidden", "active")
+"""The keys of a disk's files."""
 
 
 class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -122,7 +123,7 @@ def check_config(config: Config, directory: Path) -> Config:
                 raise ConfigError(f"{where} key '{key}': '{name}' is also {taken[name]}")
             if name is not None:
                 taken[name] = f"the {key} of [[disk]] {number}"
-        for key in _IMAGES:
+        for key in IMAGES:
             file = os.path.normpath(getattr(disk, key))
             if file in files:
                 raise ConfigError(f"{where} key '{key}': {file} is also {files[file]}")
@@ -166,7 +167,7 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
     disk.hidden = disk.hidden or f"{disk.secondary}.hidden.qcow2"
     disk.active = disk.active or f"{disk.secondary}.active.qcow2"
     disk.format = disk.secondary_format  # type: ignore[assignment]
-    for key in _IMAGES:
+    for key in IMAGES:
         path = getattr(disk, key)
         if "\0" in path:
             raise ConfigError(f"key '{key}': a path cannot have a NUL")

@@ -13,10 +13,17 @@ from replnbd.control import ControlServer
 from replnbd.daemon.config import Config
 from replnbd.daemon.describe import describe_node, disk_nodes, disk_status
 from replnbd.daemon.images import open_disk
+from replnbd.daemon.recovery import (
+    Past,
+    check_size,
+    open_past,
+    set_aside_lost,
+    stamp_files,
+)
 from replnbd.errors import ControlError, StateError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
-from replnbd.replication import Group, StandbyDisk
+from replnbd.replication import FailoverTarget, Group, Stage, StandbyDisk
 from replnbd.server import Export, NbdServer
 from replnbd.version import __version__
 
@@ -39,23 +46,29 @@ class Daemon:
         self.jobs_registry = JobRegistry()
         self.server = NbdServer(self.events)
         self.group = Group(())
+        self._past: Past | None = None
         self.quit_requested = asyncio.Event()
         """Set by `quit`: whoever runs the daemon then closes it."""
         self._control: ControlServer | None = None
+        self._opened = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self, *, start: bool = False) -> None:
-        """Open the disks, then listen, then `start` replication if asked. ConfigError, ImageError
-        or StateError says what is wrong, and then nothing is open and no file has changed."""
+        """Open the disks and go on where the last process was; then listen; then `start`
+        replication if asked, unless it runs. ConfigError, ImageError or StateError says what is
+        wrong, and then nothing is open and no file has changed."""
         created: list[str] = []
         try:
-            await self._open_disks(created)
+            self._past = await open_past(self.config.disk)
+            self.group = Group((), self._past.journal)  # which closes the journal, come what may
+            await set_aside_lost(self._past, self.config.disk)
+            await self._open_disks(self._past, created)
             if self.config.server.control is not None:
                 self._control = ControlServer(self, self.config.server.control)
                 await self._control.start()
             for uri in self.config.server.listen:
                 await self.server.listen(uri)
-            if start:
+            if start and any(disk.stage is not Stage.RUNNING for disk in self.group.disks):
                 await self.group.start()
         except BaseException:
             try:
@@ -74,7 +87,7 @@ class Daemon:
         for task in tuple(self._tasks):
             await asyncio.wait([task])
         try:
-            await self.group.close()
+            await self._close_disks()
         finally:
             if self._control is not None:
                 await self._control.close()
@@ -89,12 +102,14 @@ class Daemon:
 
     # Section: replication (Backend)
 
-    async def set_replication(self, enable: bool, primary: bool, failover: bool) -> None:
+    async def set_replication(
+        self, enable: bool, primary: bool, failover: bool, target: str | None = None
+    ) -> None:
         """`xen-set-replication`; see `control.Backend`."""
         if enable:
             await self.group.start("primary" if primary else "secondary")
         elif failover:
-            await self.group.failover()
+            await self.group.failover(None if target is None else FailoverTarget(target))
             # When the answer is given, no stale primary is connected any more.
             await self._settle()
         else:
@@ -117,6 +132,9 @@ class Daemon:
         return {
             "version": __version__,
             "listen": list(self.server.uris),
+            "generation": self.group.generation,
+            "recovered-from": self._past.end if self._past is not None else None,
+            "suspended": self.group.keeper.suspended,
             "disks": [disk_status(disk, self.server.exports) for disk in self.group.disks],
         }
 
@@ -201,16 +219,39 @@ class Daemon:
 
     # Section: inside
 
-    async def _open_disks(self, created: list[str]) -> None:
+    async def _open_disks(self, past: Past, created: list[str]) -> None:
         disks: list[StandbyDisk] = []
         try:
             for config in self.config.disk:
                 disk = await open_disk(config, self.events, self.jobs_registry, created)
                 disks.append(disk)
+                check_size(past, config, disk.secondary.size)
         finally:
-            self.group = Group(disks)
+            self.group = Group(disks, past.journal, boot=past.boot, make_journal=past.make_journal)
         for disk in disks:
             self._export_disk(disk)
+        try:
+            await self.group.open(past.record)
+        except OSError as exc:
+            raise StateError(f"cannot go on where the last process was: {exc.strerror}") from exc
+        await self._settle()
+        self._opened = True
+        if past.record is not None:
+            stages = ", ".join(f"'{disk.name}' {disk.stage.value}" for disk in disks)
+            log.info("recovered from %s: %s", past.end, stages)
+
+    async def _close_disks(self) -> None:
+        """With what the next process needs to know that all is in order."""
+        try:
+            await self.group.close()
+            if self._opened:
+                try:
+                    await self.group.keeper.stop(stamp_files(self.config.disk))
+                except OSError as exc:
+                    # The next process then looks at it as if this one had died.
+                    log.warning("cannot record the orderly end: %s", exc.strerror)
+        finally:
+            await self.group.keeper.close()
 
     def _export_disk(self, disk: StandbyDisk) -> None:
         disk.on_fence = self._fence

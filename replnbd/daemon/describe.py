@@ -22,6 +22,8 @@ def disk_status(disk: StandbyDisk, exports: Mapping[str, Export]) -> dict[str, A
         "mode": disk.mode,
         "stage": disk.stage.value,
         "fenced": disk.promoted,
+        "failover-target": disk.target.value if disk.promoted else None,
+        "view-lost": disk.lost,
         "error": disk.error,
         "size": disk.secondary.size,
         "checkpoints": disk.checkpoint_count,

@@ -79,13 +79,20 @@ class Standby:
         """End replication: each secondary disk is the primary's latest."""
         await self._daemon.group.stop()
 
-    async def failover(self, *, wait: bool = True) -> None:
-        """Fence the primary and commit the view; the view can be used all the while.
+    async def failover(
+        self,
+        *,
+        to: Literal["standby", "checkpoint", "latest"] | None = None,
+        wait: bool = True,
+    ) -> None:
+        """Fence the primary and make the view the disk; the view can be used all the while.
 
+        `to`: what becomes the disk, by default "standby": the last checkpoint and the standby's
+        own writes. "checkpoint": the last checkpoint alone. "latest": what the primary wrote last.
         With `wait`, returns when all is committed; StateError if a commit failed (call it again
         to try again).
         """
-        await self._daemon.set_replication(enable=False, primary=False, failover=True)
+        await self._daemon.set_replication(enable=False, primary=False, failover=True, target=to)
         if wait:
             await self._daemon.group.wait_committed()
 

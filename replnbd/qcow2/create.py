@@ -10,14 +10,12 @@ image, rather than a damaged one.
 
 from __future__ import annotations
 
-import errno
-import os
 import struct
 from dataclasses import replace
 from pathlib import Path
 
-from replnbd.block import BlockNode, FileNode
-from replnbd.block.threads import run_blocking
+from replnbd.block import BlockNode
+from replnbd.block.directory import new_file
 from replnbd.errors import ConfigError, ImageError
 from replnbd.qcow2.format import (
     BACKING_FILE_SIZE_MAX,
@@ -95,10 +93,7 @@ async def create_image(
     Arguments as `create_qcow2`. Raises ConfigError if the file exists or cannot be made; whatever
     is raised, no new file is left behind.
     """
-    path = os.fspath(path)
-    fd, nameless = await run_blocking(_new_file, path)
-    file = FileNode(fd, path, read_only=False, name=os.path.basename(path))
-    try:
+    async with new_file(path) as file:
         await create_qcow2(
             file,
             size,
@@ -109,15 +104,6 @@ async def create_image(
             version=version,
             refcount_bits=refcount_bits,
         )
-        await run_blocking(_publish, fd, path, nameless)
-    except BaseException as exc:
-        if not nameless:
-            os.unlink(path)
-        if isinstance(exc, OSError):
-            raise ConfigError(f"cannot create {path}: {exc.strerror}") from exc
-        raise
-    finally:
-        await file.close()
 
 
 def _plan(
@@ -244,33 +230,3 @@ async def _write_refcounts(file: BlockNode, header: Header, clusters: int) -> No
         # The rest of the block is a hole: up to 2 MiB in which no refcount is set.
         await file.pwrite(offset, block.encode().rstrip(b"\0"))
     await file.pwrite(header.refcount_table_offset, struct.pack(f">{len(offsets)}Q", *offsets))
-
-
-def _new_file(path: str) -> tuple[int, bool]:
-    """(file descriptor, nameless): a file without a name if the file system can, else one that
-    is already there. Raises ConfigError if the name is taken or the directory is no good."""
-    flags = os.O_RDWR | os.O_CLOEXEC
-    try:
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        try:
-            return os.open(os.path.dirname(path) or ".", flags | os.O_TMPFILE, 0o600), True
-        except OSError as exc:
-            if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-                raise
-        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), False
-    except OSError as exc:
-        raise ConfigError(f"cannot create {path}: {exc.strerror}") from exc
-
-
-def _publish(fd: int, path: str, nameless: bool) -> None:
-    """Give the finished file its name, durably; FileExistsError if it was taken meanwhile."""
-    os.fsync(fd)
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if nameless:
-            # With a directory descriptor, because only then Python calls linkat(2), which follows.
-            os.link(f"/proc/self/fd/{fd}", os.path.basename(path), dst_dir_fd=directory)
-        os.fsync(directory)
-    finally:
-        os.close(directory)

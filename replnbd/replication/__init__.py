@@ -14,11 +14,31 @@ plus the standby's own writes since.
     nodes.py   what the exports hold on to: gates, refusals, the split write of a failover
     disk.py    one disk: nodes, stage, jobs
     group.py   the commands, over all disks or none
+    journal.py what a group is, in a file, for the process after this one
+    keeper.py  writes it
 """
 
 from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.group import Group
+from replnbd.replication.journal import (
+    DiskRecord,
+    FailoverTarget,
+    FileStamp,
+    Journal,
+    Record,
+)
 from replnbd.replication.nodes import GateNode
 from replnbd.replication.stage import Command, Stage
 
-__all__ = ["Command", "GateNode", "Group", "Stage", "StandbyDisk"]
+__all__ = [
+    "Command",
+    "DiskRecord",
+    "FailoverTarget",
+    "FileStamp",
+    "GateNode",
+    "Group",
+    "Journal",
+    "Record",
+    "Stage",
+    "StandbyDisk",
+]

@@ -13,7 +13,8 @@
         +--> secondary (none, done) <--------+--> (done after failover)
 
 The steps here are the parts of the group's commands. `run`, `stop`, `fail_over` and `reset` are
-assignments, made while both gates are drained; all that can fail comes before them.
+assignments, made while both gates are drained; all that can fail comes before them. What must
+outlive the process is a DiskRecord: `record` makes one, `restore` goes on from one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.filters import CopyBeforeWrite
 from replnbd.jobs import BackupJob, CommitJob, Job, JobRegistry
+from replnbd.replication.journal import DiskRecord, FailoverTarget, Layer
 from replnbd.replication.nodes import GateNode, NotStartedNode, RefusingNode, SplitWriteNode
 from replnbd.replication.stage import IO_ERROR, NOT_RUNNING, Command, Stage
 from replnbd.replication.stage import next_stage as next_stage_of
@@ -41,8 +43,9 @@ class StandbyDisk:
     """A disk in mode secondary. Made with its nodes open; the group drives it.
 
     `primary` and `standby` are the nodes to export as NAME and TOP-ID; they stay the same for as
-    long as this object lives. `on_fence(disk)` is called when NAME must be cut off, and
-    `on_unfence(disk)` when it may be served again.
+    long as this object lives. `on_fence(disk)` is called when NAME must be cut off,
+    `on_unfence(disk)` when it may be served again, and `on_commit_end(disk)` when a commit has
+    ended and the stage with it.
     """
 
     mode = "secondary"
@@ -66,16 +69,25 @@ class StandbyDisk:
         self.stage = Stage.NONE
         self.promoted = False
         """After a failover: the standby's disk is the disk, and NAME is fenced."""
+        self.target = FailoverTarget.STANDBY
+        """What the last failover has made of the disk, or is making."""
+        self.lost: str | None = None
+        """Why the view cannot be trusted, while that is so: then nobody gets to see it."""
+        self.suspended: str | None = None
+        """Why nobody is served at all, while that is so."""
         self.error: str | None = None
         """What `query-xen-replication-status` says is wrong, while something is."""
         self.checkpoint_count = 0
         self.checkpoint_time: float | None = None
         self.on_fence: Callable[[StandbyDisk], None] = lambda _: None
         self.on_unfence: Callable[[StandbyDisk], None] = lambda _: None
+        self.on_commit_end: Callable[[StandbyDisk], None] = lambda _: None
         self._bus = bus
         self._jobs = jobs
         self._backup: BackupJob | None = None
+        self._copy: CopyBeforeWrite | None = None
         self._commit: CommitJob | None = None
+        self._is_copied: Callable[[int, int], bool] = lambda _offset, _length: False
         # What touches the same cluster of an overlay cannot be told apart.
         self._ranges = RangeLock(max(hidden.granularity, active.granularity))
         self._not_started = NotStartedNode(top_id, active.size)
@@ -123,6 +135,50 @@ class StandbyDisk:
         finally:
             self._ranges.release(key)
 
+    def overlay(self, layer: Layer) -> OverlayNode:
+        """The image of a layer."""
+        return self.active if layer is Layer.ACTIVE else self.hidden
+
+    # Section: what outlives the process
+
+    def record(self) -> DiskRecord:
+        """The disk as the journal keeps it."""
+        return DiskRecord(
+            name=self.name,
+            top_id=self.top_id,
+            size=self.secondary.size,
+            stage=self.stage,
+            promoted=self.promoted,
+            target=self.target,
+            lost=self.lost,
+            error=self.error,
+            checkpoint_count=self.checkpoint_count,
+            checkpoint_time=self.checkpoint_time,
+        )
+
+    def restore(self, record: DiskRecord) -> None:
+        """Go on in the stage of an earlier process, jobs included. Nobody is served yet, and what
+        that process was emptying is empty."""
+        self.stage = record.stage
+        self.promoted = record.promoted
+        self.target = record.target
+        self.lost = record.lost
+        self.error = record.error
+        self.checkpoint_count = record.checkpoint_count
+        self.checkpoint_time = record.checkpoint_time
+        if self.promoted:
+            self.on_fence(self)
+        if self.stage is Stage.RUNNING:
+            self._start_backup()
+        elif self.stage is Stage.FAILOVER:
+            if self.lost is None:
+                self._make_commit().start()
+            else:
+                self.stage = Stage.FAILOVER_FAILED
+        self._set_targets()
+
+    # Section: steps of commands
+
     def checkpointed(self) -> None:
         """The overlays are empty: a new checkpoint holds from here on."""
         self.checkpoint_count += 1
@@ -131,17 +187,13 @@ class StandbyDisk:
         self.standby.bytes_written = 0
         if self._backup is not None:
             self._backup.restart_progress()
-        self.error = None
+        self.error = self.lost = None
+        self._set_targets()
         self._bus.emit("x-replnbd-checkpoint", device=self.name, count=self.checkpoint_count)
 
     def run(self) -> None:
         """Stage *running*: drained, with empty overlays."""
-        copy = CopyBeforeWrite(f"backup-{self.name}", self.secondary, self.hidden)
-        self._backup = BackupJob(f"backup-{self.name}", self._bus, copy)
-        self._jobs.add(self._backup)
-        self._backup.start()
-        self.primary.target = copy
-        self.standby.target = self.active
+        self._start_backup()
         self.error = None
         self._set_stage(Stage.RUNNING)
 
@@ -151,52 +203,108 @@ class StandbyDisk:
 
         Returns the job that is about to end by it.
         """
-        self.primary.target = self.secondary
-        self.standby.target = self.active
-        self.error = None
+        self.error = self.lost = None
+        backup = self._finish_backup()
         self._set_stage(Stage.DONE)
-        return self._finish_backup()
+        return backup
 
-    def fail_over(self) -> Job | None:
+    def fail_over(self, target: FailoverTarget = FailoverTarget.STANDBY) -> Job | None:
         """Stage *failover*, or once more after a failed one: drained. The fence goes up before
-        anything else, and the commit begins.
+        anything else, and the commit begins of what is left in the overlays.
 
         Returns the job that is about to end by it.
         """
         self.promoted = True
-        self.error = None
-        self.primary.target = RefusingNode(
-            self.name, self.primary.size, errno.ESHUTDOWN, self.fence_reason
-        )
+        self.target = target
+        self.error = self.lost = None
         self.on_fence(self)
-        overlays = (self.active, self.hidden)
-        commit = CommitJob(
-            f"commit-{self.name}", self._bus, overlays, self.secondary, self._ranges,
-            self._commit_ended,
-        )  # fmt: skip
-        self.standby.target = SplitWriteNode(
-            self.top_id, overlays, self.secondary, commit.is_copied
-        )
-        self._jobs.add(commit)
-        self._commit = commit
+        backup = self._finish_backup()
+        commit = self._make_commit()
         self._set_stage(Stage.FAILOVER)
         commit.start()
-        return self._finish_backup()
-
-    def _finish_backup(self) -> Job | None:
-        backup, self._backup = self._backup, None
-        if backup is not None:
-            backup.finish()
         return backup
+
+    def reset(self) -> None:
+        """Back to stage *none*: drained, with empty overlays. The fence comes down."""
+        self.promoted = False
+        self.target = FailoverTarget.STANDBY
+        self.error = self.lost = None
+        self.checkpoint_count = 0
+        self.checkpoint_time = None
+        self._set_stage(Stage.NONE)
+        self.on_unfence(self)
+
+    def suspend(self, reason: str | None) -> None:
+        """Serve nobody, because of `reason`; None: serve again."""
+        self.suspended = reason
+        self._set_targets()
+        self._bus.emit("x-replnbd-suspended", device=self.name, reason=reason)
 
     @property
     def fence_reason(self) -> str:
         """What a primary is told that still tries to use NAME after a failover."""
         return f"'{self.name}' is fenced: the standby has taken over; 'reset' lifts the fence"
 
+    def _set_targets(self) -> None:
+        """What the exports lead to, by stage (see the head of this file)."""
+        self.primary.target = self._primary_target()
+        self.standby.target = self._standby_target()
+
+    def _primary_target(self) -> BlockNode:
+        if self.promoted:
+            return self._refusal(self.name, errno.ESHUTDOWN, self.fence_reason)
+        if self.suspended is not None:
+            return self._refusal(self.name, errno.EIO, self.suspended)
+        if self._copy is not None and self.lost is None:
+            return self._copy
+        return self.secondary
+
+    def _standby_target(self) -> BlockNode:
+        reason = self.suspended or self.lost
+        if reason is not None:
+            return self._refusal(self.top_id, errno.EIO, reason)
+        if self.stage is Stage.NONE:
+            return self._not_started
+        if self.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED):
+            return SplitWriteNode(self.top_id, self._overlays, self.secondary, self._is_copied)
+        if self.promoted:
+            return self.secondary
+        return self.active
+
+    def _refusal(self, name: str, code: int, reason: str) -> RefusingNode:
+        return RefusingNode(name, self.secondary.size, code, reason)
+
+    # Section: jobs
+
+    @property
+    def _overlays(self) -> tuple[OverlayNode, OverlayNode]:
+        return self.active, self.hidden
+
+    def _start_backup(self) -> None:
+        self._copy = CopyBeforeWrite(f"backup-{self.name}", self.secondary, self.hidden)
+        self._backup = BackupJob(f"backup-{self.name}", self._bus, self._copy)
+        self._jobs.add(self._backup)
+        self._backup.start()
+
+    def _finish_backup(self) -> Job | None:
+        backup, self._backup, self._copy = self._backup, None, None
+        if backup is not None:
+            backup.finish()
+        return backup
+
+    def _make_commit(self) -> CommitJob:
+        self._commit = CommitJob(
+            f"commit-{self.name}", self._bus, self._overlays, self.secondary, self._ranges,
+            self._commit_ended,
+        )  # fmt: skip
+        self._jobs.add(self._commit)
+        # Of the job, whoever has it: one that is told to end still drops what it has copied.
+        self._is_copied = self._commit.is_copied
+        return self._commit
+
     async def holds_data(self) -> bool:
         """Whether an overlay has anything allocated, be it zeroes: what no disk has."""
-        for overlay in (self.active, self.hidden):
+        for overlay in self._overlays:
             position = 0
             while position < overlay.size:
                 allocated, count = await overlay.allocated(position, overlay.size - position)
@@ -204,17 +312,6 @@ class StandbyDisk:
                     return True
                 position += count
         return False
-
-    def reset(self) -> None:
-        """Back to stage *none*: drained, with empty overlays. The fence comes down."""
-        self.primary.target = self.secondary
-        self.standby.target = self._not_started
-        self.promoted = False
-        self.error = None
-        self.checkpoint_count = 0
-        self.checkpoint_time = None
-        self._set_stage(Stage.NONE)
-        self.on_unfence(self)
 
     async def end_jobs(self) -> None:
         """For an orderly end: the jobs stop where they are, and nothing else changes."""
@@ -241,6 +338,7 @@ class StandbyDisk:
 
     def _set_stage(self, stage: Stage) -> None:
         previous, self.stage = self.stage, stage
+        self._set_targets()
         if stage is not previous:
             log.info("disk %s: stage %s -> %s", self.name, previous.value, stage.value)
             self._bus.emit(
@@ -253,7 +351,6 @@ class StandbyDisk:
         self._commit = None
         if job.error is None:
             # No drain: the overlays are empty, so both targets do the same from here on.
-            self.standby.target = self.secondary
             self._follow(Command.COMMITTED)
         else:
             self.error = f"{job.id}: {job.error.strerror}"
@@ -263,3 +360,4 @@ class StandbyDisk:
         stage = next_stage_of(self.stage, command)
         assert stage is not None
         self._set_stage(stage)
+        self.on_commit_end(self)

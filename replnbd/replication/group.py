@@ -2,14 +2,18 @@
 
 Each command first asks every disk whether it may (an error there changes nothing anywhere), then
 drains all of them, so that all move on at the same instant of their clients' requests, then does
-what can fail, and last what cannot.
+what can fail, and last what cannot. Between the two it is recorded (journal.py): from there on, a
+process that dies leaves the next one to end it, on all disks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, ParamSpec
 
@@ -17,12 +21,25 @@ from replnbd.block import OverlayNode
 from replnbd.errors import StateError
 from replnbd.jobs import Job
 from replnbd.replication.disk import StandbyDisk
+from replnbd.replication.journal import (
+    DiskRecord,
+    FailoverTarget,
+    Journal,
+    Layer,
+    Record,
+)
+from replnbd.replication.keeper import Keeper, keep_task
 from replnbd.replication.stage import Command, Stage
 
 P = ParamSpec("P")
 
-_RUNNING: set[asyncio.Task[None]] = set()
-"""Commands under way: the loop itself keeps tasks only weakly."""
+_BOTH = (Layer.ACTIVE, Layer.HIDDEN)
+_DROPPED = {
+    FailoverTarget.STANDBY: (),
+    FailoverTarget.CHECKPOINT: (Layer.ACTIVE,),
+    FailoverTarget.LATEST: _BOTH,
+}
+"""What a failover does not bring into the disk."""
 
 # The numbers of QEMU's ReplicationMode, which its error text shows.
 _MODES = {"primary": 0, "secondary": 1}
@@ -36,10 +53,7 @@ def _whole(
 
     @functools.wraps(command)
     async def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        task = asyncio.get_running_loop().create_task(command(*args, **kwargs))
-        _RUNNING.add(task)
-        task.add_done_callback(_RUNNING.discard)
-        await asyncio.shield(task)
+        await asyncio.shield(keep_task(command(*args, **kwargs)))
 
     return run
 
@@ -47,12 +61,43 @@ def _whole(
 class Group:
     """All replicated disks of a daemon. Commands run one at a time, in the order they came."""
 
-    def __init__(self, disks: Sequence[StandbyDisk]) -> None:
+    def __init__(
+        self,
+        disks: Sequence[StandbyDisk],
+        journal: Journal | None = None,
+        *,
+        boot: str = "",
+        make_journal: Callable[[], Awaitable[Journal]] | None = None,
+    ) -> None:
+        """`journal` and `make_journal`: see Keeper; without them, nothing outlives the process.
+        `boot`: see Record."""
         self.disks = tuple(disks)
-        self._turn = asyncio.Lock()
+        self.generation = new_generation()
+        """Another one after every failover."""
+        self.keeper = Keeper(journal, make_journal, self._record, self._suspend)
+        self._boot = boot
         self._torn = False
         """A checkpoint has failed after some disks had moved on."""
         self._closed = False
+        for disk in self.disks:
+            # Until that is recorded, a crash makes the next process commit what is committed.
+            disk.on_commit_end = lambda _: self.keeper.settle_soon()
+
+    async def open(self, record: Record | None = None) -> None:
+        """Go on where `record` says that an earlier process was, whose disks these are; without
+        one, begin. Nobody is served yet. OSError if that cannot be done, and may be tried again."""
+        if record is None:
+            return
+        self.generation = record.generation
+        self._torn = record.torn
+        for disk, kept in zip(self.disks, record.disks, strict=True):
+            for layer in kept.emptying:
+                await disk.overlay(layer).make_empty()
+        for disk, kept in zip(self.disks, record.disks, strict=True):
+            disk.restore(kept)
+        await self.keeper.settle()
+        if self.keeper.suspended is not None:
+            raise OSError(errno.EIO, self.keeper.suspended)
 
     def error(self) -> str | None:
         """What `query-xen-replication-status` answers: None, or the first disk's text."""
@@ -65,54 +110,92 @@ class Group:
     async def start(self, mode: str = "secondary") -> None:
         """Stage *none* to *running*, with a first checkpoint. All or nothing, and can be tried
         again. StateError with QEMU's texts."""
-        async with self._turn:
+        async with self.keeper.turn():
             disks = self._moving(Command.START, mode)
             for disk in disks:
                 await disk.check_start()
+            if disks:
+                await self.keeper.begin()
             async with self._drained(disks):
-                await self._make_empty(disks)
+                await self._make_empty(disks, Command.START)
                 for disk in disks:
                     disk.checkpointed()
                     disk.run()
+                await self.keeper.settle()
 
     @_whole
     async def checkpoint(self) -> None:
         """The view becomes the secondary disk as it is now; the standby's writes are dropped."""
-        async with self._turn:
+        async with self.keeper.turn():
             disks = self._moving(Command.CHECKPOINT)
             async with self._drained(disks):
-                await self._make_empty(disks, keep_space=True)
+                await self._make_empty(disks, Command.CHECKPOINT)
                 for disk in disks:
                     disk.checkpointed()
+                await self.keeper.settle(durable=False)
 
     @_whole
     async def stop(self) -> None:
         """Stage *running* to *done* with empty overlays: each disk is the primary's latest."""
-        async with self._turn:
+        async with self.keeper.turn():
             disks = self._moving(Command.STOP)
             async with self._drained(disks):
-                await self._make_empty(disks)
+                await self._make_empty(disks, Command.STOP)
                 ending = [disk.stop() for disk in disks]
+                await self.keeper.settle()
             await _ended(ending)
 
     @_whole
-    async def failover(self) -> None:
-        """Fence the primary and commit what the standby sees; from *failover-failed*, try the
-        commit again. Returns when the commits have begun.
+    async def failover(self, target: FailoverTarget | None = None) -> None:
+        """Fence the primary and make `target` (by default what the standby sees) the disk; from
+        *failover-failed*, try the commit again. Returns when the commits have begun.
 
-        StateError if the last checkpoint has reached some disks and not others: what the standby
-        sees is then no state that the primary's disks ever had together.
+        StateError if there is no such state to be had: the last checkpoint has reached some disks
+        and not others, or the view was lost, or the commit of another target has begun.
         """
-        async with self._turn:
+        async with self.keeper.turn():
             disks = self._moving(Command.FAILOVER)
-            if self._torn and disks:
-                raise StateError(
-                    "the last checkpoint did not reach all disks: their views do not belong"
-                    " together; make a good checkpoint first"
-                )
+            for disk in disks:
+                self._check_failover(disk, target)
+            if not disks:
+                return
             async with self._drained(disks):
-                ending = [disk.fail_over() for disk in disks]
+                begun = [disk.target for disk in disks if disk.stage is Stage.FAILOVER_FAILED]
+                chosen = begun[0] if begun else target or FailoverTarget.STANDBY
+                generation = self.generation
+                if not begun:
+                    self.generation = new_generation()
+                try:
+                    await self._make_empty(
+                        disks, Command.FAILOVER, () if begun else _DROPPED[chosen], chosen
+                    )
+                except StateError:
+                    self.generation = generation
+                    raise
+                ending = [disk.fail_over(chosen) for disk in disks]
+                await self.keeper.settle()
             await _ended(ending)
+
+    def _check_failover(self, disk: StandbyDisk, target: FailoverTarget | None) -> None:
+        begun = disk.stage is Stage.FAILOVER_FAILED
+        if begun and target not in (None, disk.target):
+            raise StateError(
+                f"the failover to '{disk.target.value}' has begun on '{disk.name}': it can only"
+                " be tried again"
+            )
+        if target is FailoverTarget.LATEST and not begun:
+            return  # it needs no view
+        if disk.lost is not None:
+            raise StateError(
+                f"the view of '{disk.name}' is lost ({disk.lost}): "
+                + ("use reset with force" if begun else "fail over to 'latest', which is the disk"
+                   " as the primary wrote it")
+            )  # fmt: skip
+        if self._torn and not begun:
+            raise StateError(
+                "the last checkpoint did not reach all disks: their views do not belong"
+                " together; make a good checkpoint first"
+            )
 
     async def wait_committed(self) -> None:
         """Wait until no commit is under way; StateError if one has failed or was cancelled."""
@@ -130,7 +213,7 @@ class Group:
         StateError, saying what would be lost, while an overlay holds uncommitted data, unless
         `force`.
         """
-        async with self._turn:
+        async with self.keeper.turn():
             disks = self._moving(Command.RESET)
             async with self._drained(disks):
                 held = [] if force else [disk for disk in disks if await disk.holds_data()]
@@ -140,15 +223,17 @@ class Group:
                         f"the overlays of {names} hold data that is in no disk, which a reset"
                         " would lose: use force"
                     )
-                await self._make_empty(disks)
+                await self._make_empty(disks, Command.RESET)
                 for disk in disks:
                     disk.reset()
+                await self.keeper.settle()
 
     @_whole
     async def close(self) -> None:
         """An orderly end: jobs stop, everything is flushed and closed. No exports any more.
         OSError if a disk could not be flushed; all others are closed well even then."""
-        async with self._turn:
+        await self.keeper.stop()
+        async with self.keeper.turn():
             self._closed = True
             for disk in self.disks:
                 await disk.end_jobs()
@@ -187,26 +272,82 @@ class Group:
                 await stack.enter_async_context(disk.drained())
             yield
 
-    async def _make_empty(self, disks: Sequence[StandbyDisk], *, keep_space: bool = False) -> None:
-        """Let all views be the secondary disks as they are now. The active overlays go first:
-        dying before the hidden ones leaves the last checkpoint, without the standby's writes.
+    async def _make_empty(
+        self,
+        disks: Sequence[StandbyDisk],
+        command: Command,
+        layers: Sequence[Layer] = _BOTH,
+        target: FailoverTarget | None = None,
+    ) -> None:
+        """The part of `command` that can fail: record it, and empty `layers` of all disks.
 
-        What can fail is done for all overlays before the first one is empty; then one store
-        empties each. Raises StateError as QEMU words it; the disk's `error` keeps it until the
-        next good one.
+        What can fail is done for all overlays before; then the record, and with it the command has
+        happened, on all disks; then one store empties each. The active overlays go first: a store
+        that fails before the hidden ones leaves the last checkpoint, without the standby's writes.
+        Raises StateError as QEMU words it; the disk's `error` keeps it until the next good one.
         """
-        overlays = [(disk, disk.active) for disk in disks] + [(disk, disk.hidden) for disk in disks]
-        async with AsyncExitStack() as stack:
-            clears = []
-            for disk, overlay in overlays:
-                with _emptying(disk, overlay):
-                    clear = await stack.enter_async_context(overlay.emptying(keep_space=keep_space))
-                clears.append(clear)
-            for (disk, overlay), clear in zip(overlays, clears, strict=True):
-                with _emptying(disk, overlay):
-                    await clear()
-                self._torn = self._torn or len(disks) > 1
-            self._torn = False
+        overlays = [(disk, disk.overlay(layer)) for layer in layers for disk in disks]
+        try:
+            async with AsyncExitStack() as stack:
+                clears = []
+                for disk, overlay in overlays:
+                    emptying = overlay.emptying(keep_space=command is Command.CHECKPOINT)
+                    with _emptying(disk, overlay):
+                        clears.append(await stack.enter_async_context(emptying))
+                intended = [_intended(disk, command, layers, target) for disk in disks]
+                durable = command is not Command.CHECKPOINT
+                await self.keeper.intend(intended, durable=durable)
+                for (disk, overlay), clear in zip(overlays, clears, strict=True):
+                    with _emptying(disk, overlay):
+                        await clear()
+                    self._torn = self._torn or len(disks) > 1
+                self._torn = False
+        except StateError:
+            # It is told as failed: nobody may end it later, over what is written meanwhile.
+            await self.keeper.settle()
+            raise
+
+    def _record(self) -> Record:
+        return Record(
+            generation=self.generation,
+            boot=self._boot,
+            torn=self._torn,
+            disks=[disk.record() for disk in self.disks],
+        )
+
+    def _suspend(self, reason: str | None) -> None:
+        for disk in self.disks:
+            disk.suspend(reason)
+
+
+def new_generation() -> str:
+    """One that nobody else has."""
+    return secrets.token_hex(16)
+
+
+def _intended(
+    disk: StandbyDisk,
+    command: Command,
+    layers: Sequence[Layer],
+    target: FailoverTarget | None,
+) -> DiskRecord:
+    """What a disk is once `command` has happened."""
+    record = disk.record()
+    stage = disk.next_stage(command)
+    assert stage is not None
+    record.stage = stage
+    record.emptying = list(layers)
+    record.error = record.lost = None
+    if command in (Command.START, Command.CHECKPOINT):
+        record.checkpoint_count += 1
+        record.checkpoint_time = time.time()
+    elif command is Command.FAILOVER:
+        assert target is not None
+        record.promoted, record.target = True, target
+    elif command is Command.RESET:
+        record.promoted, record.target = False, FailoverTarget.STANDBY
+        record.checkpoint_count, record.checkpoint_time = 0, None
+    return record
 
 
 @contextmanager

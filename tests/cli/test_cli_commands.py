@@ -19,6 +19,13 @@ pytestmark = [pytest.mark.interop, pytest.mark.slow]
 NO_DAEMON = "is the daemon running, and is this its control socket?"
 
 
+def generation_of(status: str) -> str:
+    """The id in the first line."""
+    match = re.match(r"group: generation ([0-9a-f]{32})\n", status)
+    assert match is not None, status
+    return match[1]
+
+
 def test_the_life_of_two_disks(cli: Cli) -> None:
     primary, view = cli.connect("a"), cli.connect("a-top")
     assert cli.says("jobs") == "no jobs\n"
@@ -32,7 +39,9 @@ def test_the_life_of_two_disks(cli: Cli) -> None:
     view.pwrite(8192, b"three")
     assert cli.says("jobs") == ("backup-b running, 0 B saved\nbackup-a running, 2.0 KiB saved\n")
     status = re.sub(r"\d+ s ago", "n s ago", cli.says("status"))
+    generation = generation_of(status)
     assert status == (
+        f"group: generation {generation}\n"
         "a: stage running; checkpoint 2 (n s ago); hidden 64.0 KiB; active 64.0 KiB;"
         " primary wrote 3 B; standby wrote 5 B; primary clients 1; standby clients 1;"
         " job backup-a running, 2.0 KiB saved\n"
@@ -50,6 +59,7 @@ def test_the_life_of_two_disks(cli: Cli) -> None:
     with pytest.raises(NbdReplyError, match="fenced"):
         cli.connect("a")
     assert "a: stage done (fenced); checkpoint 2 (" in cli.says("status")
+    assert generation_of(cli.says("status")) != generation
     assert cli.says("reset") == "a: none\nb: none\n"
     assert cli.connect("a").pread(0, SIZE) == expected
 
@@ -150,7 +160,7 @@ def test_watch_prints_lines_where_nobody_looks(cli: Cli) -> None:
             names = [[disk["name"] for disk in json.loads(line)["disks"]] for line in lines]
             assert names == [["a", "b"]] * 4
         else:
-            assert [line.split(":")[0] for line in lines] == ["a", "b", "a", "b"]
+            assert [line.split(":")[0] for line in lines] == ["group", "a", "b", "group"]
 
 
 def test_a_failover_that_waits_shows_its_progress_on_a_terminal(cli: Cli) -> None:

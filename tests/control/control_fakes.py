@@ -29,8 +29,11 @@ class FakeBackend:
     def events(self) -> EventBus:
         return self._events
 
-    async def set_replication(self, enable: bool, primary: bool, failover: bool) -> None:
-        self.calls.append(("set_replication", enable, primary, failover))
+    async def set_replication(
+        self, enable: bool, primary: bool, failover: bool, target: str | None = None
+    ) -> None:
+        to = () if target is None else (target,)
+        self.calls.append(("set_replication", enable, primary, failover, *to))
         if self.failure is not None:
             raise self.failure
 

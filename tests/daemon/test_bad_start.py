@@ -327,7 +327,11 @@ def test_a_second_daemon_on_one_of_the_files_is_refused_and_the_first_goes_on(
         assert view.pread(0, SIZE) == pattern(1)
 
 
-IN_USES = {"secondary": f"raw {IN_USE}", "hidden": f"hidden {IN_USE}", "active": f"active {IN_USE}"}
+IN_USES = {
+    "secondary": f"raw {IN_USE}",
+    "hidden": f"hidden.journal {IN_USE}",  # which stands beside it
+    "active": f"active {IN_USE}",
+}
 
 
 @pytest.mark.parametrize("key", ["secondary", "hidden", "active"])

@@ -190,7 +190,8 @@ async def test_an_error_in_the_program_closes_everything_in_order(setup: Setup) 
     assert not Path(setup.control).exists()
     check_overlays(setup)
     async with Standby([disk_of(setup)]) as standby:  # the locks are gone
-        assert stages(standby) == ["none"]
+        assert stages(standby) == ["running"]
+        assert await read_bytes(standby.node("d"), 0, 12) == b"acknowledged"
 
 
 @on_both_loops

@@ -12,11 +12,11 @@ from peers.process import PeerError
 DiskFormat = Literal["raw", "qcow2"]
 
 
-def qemu_img(*arguments: str | Path) -> str:
-    """Run qemu-img; its output, or PeerError with what it said."""
+def qemu_img(*arguments: str | Path, statuses: tuple[int, ...] = (0,)) -> str:
+    """Run qemu-img; its output, or PeerError with what it said if it ends with another status."""
     argv = ["qemu-img", *map(str, arguments)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode not in statuses:
         said = f"{done.stdout}{done.stderr}"
         raise PeerError(f"$ {' '.join(argv)}\nexit status {done.returncode}\n{said}")
     return done.stdout

@@ -65,6 +65,13 @@ class QmpClient:
     def answers(self, *commands: tuple[str, dict[str, Any] | None]) -> list[Answer]:
         """Send commands in one go, so that nothing of ours comes between them, and return their
         answers."""
+        first = self.send(*commands)
+        return [
+            self._answer(command, number) for number, (command, _) in enumerate(commands, first)
+        ]
+
+    def send(self, *commands: tuple[str, dict[str, Any] | None]) -> int:
+        """Send commands, and do not wait for their answers; returns the id of the first."""
         first = self._id + 1
         lines = b""
         for command, arguments in commands:
@@ -74,9 +81,7 @@ class QmpClient:
                 message["arguments"] = arguments
             lines += json.dumps(message).encode() + b"\r\n"
         self._sock.sendall(lines)
-        return [
-            self._answer(command, number) for number, (command, _) in enumerate(commands, first)
-        ]
+        return first
 
     def _answer(self, command: str, number: int) -> Answer:
         while True:

@@ -1,0 +1,200 @@
+"""What an earlier process left: its record, held against the configuration, the files and the boot.
+
+    the last process                    what goes on
+    ended in an orderly way             everything, if no file has changed since
+    died (kill -9, a bug)               everything: the page cache has all that it wrote
+    died with the host (power)          the secondary disks, with all that was flushed; a view that
+                                        cannot be trusted is lost, and never served
+
+A lost view is not deleted: its overlays are set aside under `FILE.lost`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from replnbd.block import FileNode
+from replnbd.block.directory import new_file, rename_file
+from replnbd.block.threads import run_blocking
+from replnbd.daemon.config import IMAGES, DiskConfig
+from replnbd.errors import ConfigError
+from replnbd.replication import DiskRecord, FileStamp, Journal, Record, Stage
+from replnbd.replication.journal import SLOT_BYTES
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".journal"
+LOST_SUFFIX = ".lost"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_OVERLAYS = ("hidden", "active")
+_POWER_FAILURE = "a power failure, or the host ended without replnbd: the view cannot be trusted"
+
+
+class Past:
+    """Where the journal of a configuration's disks is, and what it says of the last process."""
+
+    def __init__(self, path: str, journal: Journal | None, record: Record | None) -> None:
+        self.path = path
+        self.journal = journal
+        """None if there is none yet: `make_journal`."""
+        self.record = record
+        self.boot = boot_id()
+
+    @property
+    def end(self) -> str | None:
+        """How the last process ended."""
+        if self.record is None:
+            return None
+        if self.record.files is not None:
+            return "orderly end"
+        return "process death" if self.record.boot == self.boot else "power failure"
+
+    async def make_journal(self) -> Journal:
+        """A new one; ConfigError if that cannot be."""
+        async with new_file(self.path) as file:
+            # All of it now: a full disk must not keep a failover from being recorded.
+            await file.pwrite(0, bytes(2 * SLOT_BYTES))
+        return Journal(FileNode.open(self.path))
+
+
+def boot_id() -> str:
+    """Another one whenever the host starts; "" if the system does not tell."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+async def open_past(disks: Sequence[DiskConfig]) -> Past:
+    """Open the journal, if there is one; ConfigError or ImageError if the record is not of these
+    disks and files. Nothing has changed then."""
+    path = _find_journal(disks)
+    if not os.path.lexists(path):
+        return Past(path, None, None)
+    journal = Journal(FileNode.open(path))
+    try:
+        record = await journal.load()
+        past = Past(path, journal, record)
+        if record is not None:
+            _match(past, record, disks)
+            _check_files(past, record, disks)
+    except BaseException:
+        await journal.close()
+        raise
+    return past
+
+
+async def set_aside_lost(past: Past, disks: Sequence[DiskConfig]) -> None:
+    """After a power failure: overlays that may be anything get another name, and disks whose view
+    they were have lost it. ConfigError if that cannot be done."""
+    if past.end != "power failure":
+        return
+    assert past.record is not None
+    for disk, record in zip(disks, past.record.disks, strict=True):
+        for key in _OVERLAYS:
+            path = getattr(disk, key)
+            if os.path.lexists(path):
+                name = os.path.basename(path) + LOST_SUFFIX
+                log.warning("after a power failure %s is not used: now %s", path, name)
+                try:
+                    await run_blocking(rename_file, path, name)
+                except OSError as exc:
+                    raise ConfigError(f"cannot rename {path}: {exc.strerror}") from exc
+        record.emptying = []
+        if _has_view(record):
+            record.lost = record.error = _POWER_FAILURE
+
+
+def check_size(past: Past, disk: DiskConfig, size: int) -> None:
+    """ConfigError if a disk has another size than it had."""
+    for record in past.record.disks if past.record is not None else ():
+        if record.name == disk.name and record.size != size and record.stage is not Stage.NONE:
+            raise ConfigError(
+                f"{disk.secondary} has {size} bytes, and had {record.size} when the last replnbd"
+                f" ended in stage '{record.stage.value}': {_begin_anew(past.path)}"
+            )
+
+
+def stamp_files(disks: Sequence[DiskConfig]) -> dict[str, FileStamp]:
+    """What all images are like now, for the record of an orderly end; OSError."""
+    return {_role(disk, key): _stamp(getattr(disk, key)) for disk in disks for key in IMAGES}
+
+
+def _find_journal(disks: Sequence[DiskConfig]) -> str:
+    """The journal stands beside a hidden overlay: the first disk's, if it is a new one."""
+    paths = [f"{disk.hidden}{SUFFIX}" for disk in disks]
+    found = [path for path in paths if os.path.lexists(path)]
+    if len(found) > 1:
+        raise ConfigError(
+            f"{found[0]} and {found[1]} are journals of two groups: serve those disks from two"
+            " configurations, as before, or remove the journal of the group that is not needed"
+        )
+    return found[0] if found else paths[0]
+
+
+def _match(past: Past, record: Record, disks: Sequence[DiskConfig]) -> None:
+    """Bring the record's disks into the configuration's order; ConfigError if they are others.
+    What was never started, or was reset, binds nobody."""
+    kept = {(each.name, each.top_id): each for each in record.disks}
+    wanted = [(disk.name, disk.top_id or "") for disk in disks]
+    if sorted(kept) != sorted(wanted):
+        if all(each.stage is Stage.NONE for each in record.disks):
+            record.disks = []
+        else:
+            stages = ", ".join(f"'{each.name}' ({each.stage.value})" for each in record.disks)
+            raise ConfigError(
+                f"{past.path} is of other disks: {stages}; serve those, or {_begin_anew(past.path)}"
+            )
+    record.disks = [
+        kept[name, top_id] if record.disks else DiskRecord(name=name, top_id=top_id, size=0)
+        for name, top_id in wanted
+    ]
+
+
+def _check_files(past: Past, record: Record, disks: Sequence[DiskConfig]) -> None:
+    """ConfigError if a view cannot be what it was, because a file is missing or has changed."""
+    for disk, kept in zip(disks, record.disks, strict=True):
+        for key in IMAGES if _has_view(kept) else ():
+            path = getattr(disk, key)
+            try:
+                found = _stamp(path)
+            except FileNotFoundError:
+                if past.end == "power failure" and key in _OVERLAYS:
+                    continue  # set aside by a start that did not get further
+                raise ConfigError(
+                    f"{path} is missing, and '{disk.name}' is in stage '{kept.stage.value}':"
+                    f" put it back, or {_begin_anew(past.path)}"
+                ) from None
+            except OSError as exc:
+                raise ConfigError(f"cannot open {path}: {exc.strerror}") from exc
+            if record.files is not None and found != record.files.get(_role(disk, key)):
+                raise ConfigError(
+                    f"{path} has changed since the last replnbd ended, and with it the view of"
+                    f" '{disk.name}': put it back as it was, or {_begin_anew(past.path)}"
+                )
+
+
+def _has_view(record: DiskRecord) -> bool:
+    """Whether the overlays have something that is not in the secondary disk."""
+    if record.stage is Stage.DONE:
+        return not record.promoted
+    return record.stage is not Stage.NONE
+
+
+def _begin_anew(path: str) -> str:
+    return f"to begin anew, with a full synchronisation, remove {path} and the overlays"
+
+
+def _role(disk: DiskConfig, key: str) -> str:
+    return f"{disk.name}/{key}"
+
+
+def _stamp(path: str) -> FileStamp:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        return FileStamp(0, 0)  # the name of a device: says nothing of its content
+    return FileStamp(status.st_size, status.st_mtime_ns)
