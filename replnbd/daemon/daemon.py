@@ -223,7 +223,13 @@ class Daemon:
         disks: list[StandbyDisk] = []
         try:
             for config in self.config.disk:
-                disk = await open_disk(config, self.events, self.jobs_registry, created)
+                disk = await open_disk(
+                    config,
+                    self.events,
+                    self.jobs_registry,
+                    created,
+                    unclean=past.end == "process death",
+                )
                 disks.append(disk)
                 check_size(past, config, disk.secondary.size)
         finally:

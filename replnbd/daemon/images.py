@@ -28,12 +28,14 @@ async def open_image(
     read_only: bool = False,
     backing: BlockNode | None = None,
     name: str = "",
+    unclean: bool = False,
 ) -> BlockNode:
     """Open a disk image as a node; close it when done.
 
     `format` is "raw" or "qcow2"; None: qcow2 if the name ends so, else raw, never guessed from
     the content. `backing` is what a qcow2's unallocated ranges show: the name that its header
     records is never opened. The file is locked, as QEMU locks it, until the node is closed.
+    `unclean`: see `open_qcow2`.
 
     Raises ConfigError (missing, unreadable, in use, unknown format) or ImageError (damaged).
     """
@@ -49,7 +51,12 @@ async def open_image(
         # A disk must survive a power failure; what an overlay holds is only worth something
         # together with the process (durability "process").
         return await open_qcow2(
-            file, backing=backing, read_only=read_only, name=name, dirty_bit=backing is None
+            file,
+            backing=backing,
+            read_only=read_only,
+            name=name,
+            dirty_bit=backing is None,
+            unclean=unclean,
         )
     except BaseException:
         await file.close()
@@ -57,12 +64,12 @@ async def open_image(
 
 
 async def open_disk(
-    config: DiskConfig, bus: EventBus, jobs: JobRegistry, created: list[str]
+    config: DiskConfig, bus: EventBus, jobs: JobRegistry, created: list[str], *, unclean: bool
 ) -> StandbyDisk:
     """Open, and where missing create, the images of a secondary disk.
 
-    The paths of new images go to `created`. If one of the images is not good, the others are
-    closed again.
+    The paths of new images go to `created`. `unclean`: the last process had died. If one of the
+    images is not good, the others are closed again.
     """
     assert config.secondary is not None
     assert config.hidden is not None
@@ -80,11 +87,11 @@ async def open_disk(
             )
         hidden = await _open_overlay(
             config.hidden, secondary, config.secondary, config.secondary_format,
-            f"{config.name}-hidden", undo, created,
+            f"{config.name}-hidden", undo, created, unclean,
         )  # fmt: skip
         active = await _open_overlay(
             config.active, hidden, config.hidden, "qcow2",
-            f"{config.name}-active", undo, created,
+            f"{config.name}-active", undo, created, unclean,
         )  # fmt: skip
         disk = StandbyDisk(
             config.name,
@@ -107,13 +114,14 @@ async def _open_overlay(
     name: str,
     undo: AsyncExitStack,
     created: list[str],
+    unclean: bool,
 ) -> Qcow2Node:
     if not os.path.lexists(path):
         recorded = _relative(backing_path, path)
         await create_image(path, backing.size, backing_file=recorded, backing_format=backing_format)
         created.append(path)
         log.info("created %s over %s (%d bytes)", path, recorded, backing.size)
-    overlay = await open_image(path, format="qcow2", backing=backing, name=name)
+    overlay = await open_image(path, format="qcow2", backing=backing, name=name, unclean=unclean)
     undo.push_async_callback(overlay.close)
     assert isinstance(overlay, Qcow2Node)
     if overlay.header.nb_snapshots:

@@ -27,6 +27,7 @@ any order, so refcounts may be behind the entries they count: `open_qcow2(dirty_
     image                           the node: fast paths, range lock
     read, write, copy_up, zeroes, empty, status, compressed      the verbs
     reclaim                         space and memory that go back in the background
+    leaks                           what a process that died has left
     state                           an open image's parts, and the lookups the verbs share
     mapping                         the L1 table, cached L2 slices, and the stores to them
     refcounts, allocation           which host clusters are free, and taking them in runs

@@ -9,7 +9,7 @@ from array import array
 from replnbd.block import BlockNode
 from replnbd.errors import ImageError, ImageUnsupportedError
 from replnbd.qcow2.allocation import Allocator
-from replnbd.qcow2.check import repair_refcounts
+from replnbd.qcow2.check import repair_leaks, repair_refcounts
 from replnbd.qcow2.entries import OFFSET_MASK, Shape
 from replnbd.qcow2.format import (
     AUTOCLEAR_BITMAPS,
@@ -19,6 +19,7 @@ from replnbd.qcow2.format import (
 )
 from replnbd.qcow2.host import HostFile
 from replnbd.qcow2.image import Qcow2Node
+from replnbd.qcow2.leaks import release_leaks
 from replnbd.qcow2.mapping import Mapping, read_l1
 from replnbd.qcow2.refcounts import load_refcounts
 from replnbd.qcow2.state import Image
@@ -41,6 +42,7 @@ async def open_qcow2(
     name: str = "",
     cache_bytes: int = CACHE_BYTES,
     dirty_bit: bool = False,
+    unclean: bool = False,
 ) -> Qcow2Node:
     """Open the qcow2 image in `file`. The node owns `file` from then on, but not `backing`.
 
@@ -51,6 +53,8 @@ async def open_qcow2(
     while it is open for writing, so that whoever opens it after an untimely end (replnbd or QEMU)
     first rebuilds its refcounts. Without it they are exact after the death of the process, but
     after a power failure may be behind the entries they count. Version 2 has no such bit.
+
+    `unclean`: the last process that wrote the image may have died; what it leaked is given back.
 
     Raises ImageError if the image is malformed, or has a backing file and no `backing` is given,
     or cannot be trusted for writing; ImageUnsupportedError if it needs what replnbd does not have.
@@ -64,6 +68,8 @@ async def open_qcow2(
     file_size = file.size
     if not read_only:
         header, file_size = await _prepare_writing(file, path, header)
+        if unclean:
+            await _give_back_leaks(file, path, header, file_size)
     host = HostFile(file, path, header, file_size, read_only=read_only)
     shape = Shape(header)
     l1 = await read_l1(host, header.l1_table_offset, header.l1_size)
@@ -102,6 +108,15 @@ async def _prepare_writing(file: BlockNode, path: str, header: Header) -> tuple[
         # "an autoclear bit ... must be cleared" by who writes and does not know it: we know none.
         await file.pwrite(OFFSET_AUTOCLEAR_FEATURES, struct.pack(">Q", 0))
     return header, file_size
+
+
+async def _give_back_leaks(file: BlockNode, path: str, header: Header, file_size: int) -> None:
+    leaks = await release_leaks(file, header, file_size)
+    if leaks is None:
+        report = await repair_leaks(file, header, file_size=file_size)
+        leaks = report.leaks_fixed
+    if leaks:
+        log.info("%s: gave back %d clusters that the last process had leaked", path, leaks)
 
 
 def _guard_tables(host: HostFile, shape: Shape, l1: array[int]) -> None:

@@ -64,6 +64,23 @@ def test_the_life_of_two_disks(cli: Cli) -> None:
     assert cli.connect("a").pread(0, SIZE) == expected
 
 
+@pytest.mark.parametrize(
+    ("target", "first", "mine"),
+    [("standby", b"one", True), ("checkpoint", b"one", False), ("latest", b"two", False)],
+)
+def test_a_failover_can_be_to_each_state(cli: Cli, target: str, first: bytes, mine: bool) -> None:
+    cli.says("start")
+    primary, view = cli.connect("a"), cli.connect("a-top")
+    primary.pwrite(0, b"one")
+    cli.says("checkpoint")
+    primary.pwrite(0, b"two")
+    view.pwrite(8192, b"mine")
+    assert cli.says("failover", "--wait", "--to", target) == "a: done\nb: done\n"
+    expected = first + content(1)[3:8192] + (b"mine" if mine else content(1)[8192:8196])
+    assert view.pread(0, 8196) == expected
+    assert json.loads(cli.says("status", "--json"))["disks"][0]["failover-target"] == target
+
+
 def test_a_stop_makes_the_disk_the_primarys_latest(cli: Cli) -> None:
     cli.says("start")
     cli.connect("a").pwrite(0, b"latest")

@@ -40,19 +40,44 @@ async def test_commands_of_one_packet_are_answered_in_order_with_their_ids(
         b'{"execute":"xen-colo-do-checkpoint","id":[2,{"a":null}]}'
         b'{"execute":"xen-set-replication","id":"3","arguments":'
         b'{"enable":false,"failover":true,"primary":false}}'
+        b'{"execute":"xen-set-replication","id":4,"arguments":'
+        b'{"enable":false,"failover":true,"primary":false,"x-replnbd-to":"latest"}}'
     )
-    replies = [json.loads(await client.line()) for _ in range(3)]
+    replies = [json.loads(await client.line()) for _ in range(4)]
     assert replies == [
         {"return": {}, "id": 1},
         {"return": {}, "id": [2, {"a": None}]},
         {"return": {}, "id": "3"},
+        {"return": {}, "id": 4},
     ]
     assert backend.calls == [
         ("set_replication", True, False, False),
         ("checkpoint",),
         ("checkpoint done",),
         ("set_replication", False, False, True),
+        ("set_replication", False, False, True, "latest"),
     ]
+    await client.close()
+
+
+async def test_a_failover_has_one_of_three_targets(
+    server: ControlServer, backend: FakeBackend
+) -> None:
+    client = await RawClient.negotiated(server.path)
+    for arguments, desc in (
+        (
+            {"enable": False, "primary": False, "failover": True, "x-replnbd-to": "moon"},
+            "Parameter 'x-replnbd-to' does not accept value 'moon'",
+        ),
+        (
+            {"enable": False, "primary": False, "x-replnbd-to": "latest"},
+            "Parameter 'x-replnbd-to' is only for a failover",
+        ),
+    ):
+        message = {"execute": "xen-set-replication", "arguments": arguments}
+        await client.send(json.dumps(message).encode())
+        assert json.loads(await client.line())["error"] == {"class": "GenericError", "desc": desc}
+    assert backend.calls == []
     await client.close()
 
 

@@ -191,8 +191,12 @@ class Life:
             secondary: BlockNode = self.machine.file(f"secondary{number}")
             if layout.secondary_format == "qcow2":
                 secondary = await open_qcow2(secondary, dirty_bit=True)
-            hidden = await open_qcow2(self.machine.file(f"hidden{number}"), backing=secondary)
-            active = await open_qcow2(self.machine.file(f"active{number}"), backing=hidden)
+            hidden = await open_qcow2(
+                self.machine.file(f"hidden{number}"), backing=secondary, unclean=True
+            )
+            active = await open_qcow2(
+                self.machine.file(f"active{number}"), backing=hidden, unclean=True
+            )
             disks.append(
                 StandbyDisk(
                     f"d{number}", f"top{number}", secondary=secondary, hidden=hidden,
