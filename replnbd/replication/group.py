@@ -95,7 +95,7 @@ class Group:
                 await disk.overlay(layer).make_empty()
         for disk, kept in zip(self.disks, record.disks, strict=True):
             disk.restore(kept)
-        await self.keeper.settle()
+        await self.keeper.settle(durable=True)
         if self.keeper.suspended is not None:
             raise OSError(errno.EIO, self.keeper.suspended)
 
@@ -132,7 +132,7 @@ class Group:
                 await self._make_empty(disks, Command.CHECKPOINT)
                 for disk in disks:
                     disk.checkpointed()
-                await self.keeper.settle(durable=False)
+                await self.keeper.settle()
 
     @_whole
     async def stop(self) -> None:
@@ -162,16 +162,9 @@ class Group:
             async with self._drained(disks):
                 begun = [disk.target for disk in disks if disk.stage is Stage.FAILOVER_FAILED]
                 chosen = begun[0] if begun else target or FailoverTarget.STANDBY
-                generation = self.generation
-                if not begun:
-                    self.generation = new_generation()
-                try:
-                    await self._make_empty(
-                        disks, Command.FAILOVER, () if begun else _DROPPED[chosen], chosen
-                    )
-                except StateError:
-                    self.generation = generation
-                    raise
+                dropped = () if begun else _DROPPED[chosen]
+                generation = self.generation if begun else new_generation()
+                await self._make_empty(disks, Command.FAILOVER, dropped, chosen, generation)
                 ending = [disk.fail_over(chosen) for disk in disks]
                 await self.keeper.settle()
             await _ended(ending)
@@ -278,8 +271,10 @@ class Group:
         command: Command,
         layers: Sequence[Layer] = _BOTH,
         target: FailoverTarget | None = None,
+        generation: str | None = None,
     ) -> None:
-        """The part of `command` that can fail: record it, and empty `layers` of all disks.
+        """The part of `command` that can fail: record it, and empty `layers` of all disks. A
+        failover has a `target`, and its disks the `generation` from then on.
 
         What can fail is done for all overlays before; then the record, and with it the command has
         happened, on all disks; then one store empties each. The active overlays go first: a store
@@ -295,13 +290,15 @@ class Group:
                     with _emptying(disk, overlay):
                         clears.append(await stack.enter_async_context(emptying))
                 intended = [_intended(disk, command, layers, target) for disk in disks]
+                generation = generation or self.generation
                 durable = command is not Command.CHECKPOINT
-                await self.keeper.intend(intended, durable=durable)
+                await self.keeper.intend(intended, generation, durable=durable)
                 for (disk, overlay), clear in zip(overlays, clears, strict=True):
                     with _emptying(disk, overlay):
                         await clear()
                     self._torn = self._torn or len(disks) > 1
                 self._torn = False
+                self.generation = generation
         except StateError:
             # It is told as failed: nobody may end it later, over what is written meanwhile.
             await self.keeper.settle()

@@ -75,12 +75,13 @@ class Keeper:
         if self._journal is None:
             self._journal = await self._make_journal()
 
-    async def intend(self, disks: list[DiskRecord], *, durable: bool) -> None:
-        """Record what a command is about to do: then it has happened, whatever comes. StateError
-        if that fails, and it has not."""
+    async def intend(self, disks: list[DiskRecord], generation: str, *, durable: bool) -> None:
+        """Record what a command is about to make of some disks, and the generation: then it has
+        happened, whatever comes. StateError if that fails, and it has not."""
         if self._journal is None:
             return  # nothing was ever started
         record = self._describe()
+        record.generation = generation
         intended = {disk.name: disk for disk in disks}
         record.disks = [intended.get(disk.name, disk) for disk in record.disks]
         try:
@@ -89,8 +90,11 @@ class Keeper:
             await self.settle()  # it may be there all the same
             raise StateError(f"cannot write the journal: {exc.strerror}") from exc
 
-    async def settle(self, *, durable: bool = True) -> None:
-        """Record what is. If that fails the group is suspended, until it succeeds."""
+    async def settle(self, *, durable: bool = False) -> None:
+        """Record what is. If that fails the group is suspended, until it succeeds.
+
+        After a command this need not be `durable`: what the command intended is, and after a power
+        failure that says as much."""
         if self._journal is None:
             return
         try:
@@ -122,7 +126,7 @@ class Keeper:
     async def _settle_in_turn(self) -> None:
         async with self._lock:
             if not self._stopped:
-                await self.settle()
+                await self.settle(durable=True)
 
     def _suspend(self, reason: str | None) -> None:
         if reason == self.suspended:

@@ -7,18 +7,17 @@ import os
 import random
 import signal
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from daemon_support import SIZE, Running, Setup, pattern, tmpfs
+from kills import Kills
 from peers import (
     REPLNBD,
     NbdReplyError,
     fingerprints,
-    qemu_img,
     refusal,
     run_replnbd,
     wait_until,
@@ -51,12 +50,6 @@ any_end = pytest.mark.parametrize("end", END_NAMES, ids=lambda end: end.__name__
 def status(running: Running) -> dict[str, Any]:
     answer: dict[str, Any] = running.qmp.execute("x-replnbd-status")
     return answer
-
-
-def check_images(setup: Setup, disk: int = 0) -> None:
-    """QEMU finds no errors; the leaks of a step that was cut short are allowed."""
-    for key in ("hidden", "active"):
-        qemu_img("check", "-q", "-f", "qcow2", setup.path(key, disk), statuses=(0, 3))
 
 
 # Section: each stage goes on
@@ -195,43 +188,9 @@ def test_a_failed_commit_can_be_tried_again_by_the_next_daemon(
 @pytest.mark.parametrize("seed", range(10))
 def test_a_kill_at_any_instant_loses_nothing_acknowledged(short_dir: Path, seed: int) -> None:
     print("seed", seed)
-    rng = random.Random(seed)
-    setup = Setup(short_dir, "a", "b")
-    disks = [pattern(1), pattern(1)]
-    views = [pattern(1), pattern(1)]
-    with setup.serve() as running:
-        running.start()
-        running.process.kill()
+    kills = Kills(short_dir, seed)
     for _ in range(3):
-        with setup.serve() as running:
-            assert status(running)["recovered-from"] == "process death"
-            writers = [
-                Writer(running.connect(f"{name}{suffix}"), rng.randrange(1 << 30), SIZE)
-                for name in "ab"
-                for suffix in ("", "-top")
-            ]
-            for writer in writers:
-                writer.start()
-            wait_until(lambda: min(w.count for w in writers) > 5, "writes")  # noqa: B023
-            counts = rng.randrange(200)
-            wait_until(lambda: writers[0].count > counts, "more writes")  # noqa: B023
-            running.process.kill()
-            for writer in writers:
-                writer.ended()
-        for number in (0, 1):
-            check_images(setup, number)
-        with setup.serve() as running:
-            for number, name in enumerate("ab"):
-                primary, standby = writers[2 * number : 2 * number + 2]
-                disk = bytes(running.connect(name).pread(0, SIZE))
-                view = bytes(running.connect(f"{name}-top").pread(0, SIZE))
-                assert primary.is_in(disk, disks[number])
-                assert standby.is_in(view, views[number])
-                disks[number], views[number] = disk, view
-            if rng.random() < 0.5:
-                running.checkpoint()
-                views = list(disks)
-            running.process.kill()
+        kills.kill_under_load()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -239,33 +198,9 @@ def test_a_kill_during_a_checkpoint_leaves_both_disks_before_it_or_after_it(
     short_dir: Path, seed: int
 ) -> None:
     print("seed", seed)
-    rng = random.Random(seed)
-    setup = Setup(short_dir, "a", "b")
-    with setup.serve() as running:
-        running.start()
-        running.process.kill()
-    last, newest = 0, 0
+    kills = Kills(short_dir, seed)
     for _ in range(8):
-        with setup.serve() as running:
-            clients = [running.connect(name) for name in "ab"]
-            for _ in range(rng.randrange(1, 30)):
-                newest += 1
-                for client in clients:
-                    client.pwrite(0, newest.to_bytes(512, "big"))
-                last = newest
-            running.qmp.send(("xen-colo-do-checkpoint", None))
-            wait = rng.choice([0, rng.random() * 0.004])  # a checkpoint takes 1 to 4 ms
-            time.sleep(wait)
-            running.process.kill()
-        with setup.serve() as running:
-            views = {
-                int.from_bytes(running.connect(f"{name}-top").pread(0, 512), "big") for name in "ab"
-            }
-            assert len(views) == 1
-            counts = {running.disk(number)["checkpoints"] for number in (0, 1)}
-            assert len(counts) == 1
-            assert last == newest
-            running.process.kill()
+        kills.kill_in_a_checkpoint()
 
 
 # Section: files that do not belong together
