@@ -68,6 +68,11 @@ EVENTS = {
         bench_scale.memory,
         bench_bars.of_memory,
     ),
+    "recovery": Event(
+        "from exec until a client is greeted, after kill -9 with scattered clusters in 1 TiB",
+        bench_scale.recovery,
+        bench_bars.of_recovery,
+    ),
     "scale": Event(
         f"replnbd's cost of a request, {bench_cells.SMALL} on each connection",
         bench_scale.scale,

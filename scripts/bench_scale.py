@@ -1,10 +1,12 @@
-"""What grows: start-up time, memory, and the cost of a request with many exports or clients."""
+"""What grows: start-up time, memory, recovery, and the cost of a request with many exports or
+clients."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -36,17 +38,9 @@ def start(settings: Settings) -> Rows:
 
 
 def memory(settings: Settings) -> Rows:
-    """Resident memory with a sparse 1 TiB disk, half the clusters in each overlay.
-
-    In a tmpfs, if there is room: ext4 takes minutes to make and to delete a million extents, and
-    the memory of the servers is the same on both (measured: 72 MiB).
-    """
-    room = TMPFS.is_dir() and shutil.disk_usage(TMPFS).free > TMPFS_SIZE_MIN
+    """Resident memory with a sparse 1 TiB disk, half the clusters in each overlay."""
     rows: Rows = []
-    with tempfile.TemporaryDirectory(
-        prefix="replnbd-bench-", dir=TMPFS if room else settings.directory
-    ) as name:
-        directory = Path(name)
+    with large_directory(settings) as directory:
         for clusters in (5_000,) if settings.quick else (100_000, 1_000_000):
             for kind in settings.standbys():
                 if kind is Qemu and clusters > QEMU_CLUSTERS_MAX:
@@ -64,18 +58,63 @@ def memory(settings: Settings) -> Rows:
     return rows
 
 
+@contextmanager
+def large_directory(settings: Settings) -> Iterator[Path]:
+    """Where overlays of a million clusters go: to a tmpfs, if there is room. ext4 takes minutes to
+    make and to delete a million extents, and memory was measured to be the same on both."""
+    room = TMPFS.is_dir() and shutil.disk_usage(TMPFS).free > TMPFS_SIZE_MIN
+    with tempfile.TemporaryDirectory(
+        prefix="replnbd-bench-", dir=TMPFS if room else settings.directory
+    ) as name:
+        yield Path(name)
+
+
 def resident(kind: type[Standby], directory: Path, clusters: int) -> tuple[float, float]:
     """A server's memory with so many clusters touched, in MiB: now, and at its highest."""
+    with touched(kind, directory, clusters) as server:
+        found = server.resident_mib()
+    shutil.rmtree(server.directory)
+    return found
+
+
+@contextmanager
+def touched(kind: type[Standby], directory: Path, clusters: int) -> Iterator[Standby]:
+    """A standby of 1 TiB with so many clusters touched, half of them in each overlay."""
     load = Load(directory, TIB, 0)
-    place = directory / kind.name
-    with kind(place, TIB) as server:
+    with kind(directory / kind.name, TIB) as server:
         server.start()
         load.touch(server, "disk", SMALL, clusters // 2, seed=5)
         load.touch(server, "view", SMALL, clusters - clusters // 2, seed=6)
         server.settle()
-        found = server.resident_mib()
-    shutil.rmtree(place)
-    return found
+        yield server
+
+
+def recovery(settings: Settings) -> Rows:
+    """After kill -9 with a sparse 1 TiB disk: from exec until a client is greeted."""
+    if "replnbd" not in settings.servers:
+        return []
+    rows: Rows = []
+    with large_directory(settings) as directory:
+        for clusters in (5_000,) if settings.quick else (100_000, 1_000_000):
+            tell(f"recovery {clusters} clusters")
+            with touched(Replnbd, directory, clusters) as server:
+                server.process.kill()
+            times = []
+            for _ in range(settings.repeat):
+                with Replnbd(server.directory, TIB) as again:
+                    times.append(again.start_s)
+                    again.process.kill()
+            rows.append(
+                {
+                    "server": "replnbd",
+                    "clusters": clusters,
+                    "recovery s": median(times),
+                    "min": min(times),
+                    "max": max(times),
+                }
+            )
+            shutil.rmtree(server.directory)
+    return rows
 
 
 def scale(settings: Settings) -> Rows:

@@ -6,7 +6,8 @@
     died with the host (power)          the secondary disks, with all that was flushed; a view that
                                         cannot be trusted is lost, and never served
 
-A lost view is not deleted: its overlays are set aside under `FILE.lost`.
+A lost view is not deleted: its overlays are set aside under `FILE.lost`. What a second power
+failure finds in their place, before there is a view again, is of no use to anybody, and goes.
 """
 
 from __future__ import annotations
@@ -97,13 +98,17 @@ async def set_aside_lost(past: Past, disks: Sequence[DiskConfig]) -> None:
     for disk, record in zip(disks, past.record.disks, strict=True):
         for key in _OVERLAYS:
             path = getattr(disk, key)
-            if os.path.lexists(path):
-                name = os.path.basename(path) + LOST_SUFFIX
-                log.warning("after a power failure %s is not used: now %s", path, name)
-                try:
+            if not os.path.lexists(path):
+                continue
+            name = os.path.basename(path) + LOST_SUFFIX
+            log.warning("after a power failure %s is not used any more", path)
+            try:
+                if record.lost is None:
                     await run_blocking(rename_file, path, name)
-                except OSError as exc:
-                    raise ConfigError(f"cannot rename {path}: {exc.strerror}") from exc
+                else:
+                    await run_blocking(os.unlink, path)
+            except OSError as exc:
+                raise ConfigError(f"cannot set {path} aside: {exc.strerror}") from exc
         record.emptying = []
         if _has_view(record):
             record.lost = record.error = _POWER_FAILURE

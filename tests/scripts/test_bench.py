@@ -90,6 +90,19 @@ def test_a_checkpoint_is_measured_with_a_client_at_work(tmp_path: Path) -> None:
     assert all(row["command ms"] > 0 and row["aborts"] == 0 for row in rows)
 
 
+@pytest.mark.interop
+@pytest.mark.slow
+def test_what_has_one_server_is_measured(tmp_path: Path) -> None:
+    sections = ["--section", "recovery", "--section", "slow-disk"]
+    done = bench(*SMALL, "--quick", *sections, "--json", "-", directory=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout)
+    assert [row["clusters"] for row in figures["recovery"]] == [5_000]
+    assert all(row["recovery s"] > 0 for row in figures["recovery"])
+    requests = {row["request"] for row in figures["slow-disk"]}
+    assert requests == {"read", "write", "flush", "QMP"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
