@@ -82,6 +82,7 @@ class Keeper:
             return  # nothing was ever started
         record = self._describe()
         record.generation = generation
+        record.torn = False  # it reaches all of them, whoever ends it
         intended = {disk.name: disk for disk in disks}
         record.disks = [intended.get(disk.name, disk) for disk in record.disks]
         try:

@@ -123,6 +123,20 @@ async def test_the_latest_needs_no_view_that_belongs_together() -> None:
     await group.close()
 
 
+async def test_a_checkpoint_that_the_next_process_ends_mends_a_torn_group() -> None:
+    group, _, journal = await running()
+    group._torn = True
+    journal.fail("pwrite", skip=1)  # the process dies when the checkpoint is recorded and made
+    await group.checkpoint()
+    record = await Journal(journal).load()
+    assert record is not None
+    assert [disk.emptying for disk in record.disks] == [["active", "hidden"]] * 2
+    assert record.torn is False
+    assert [disk.checkpoint_count for disk in record.disks] == [3, 3]
+    journal.heal()
+    await group.close()
+
+
 # Section: a journal that cannot be written
 
 
