@@ -214,7 +214,10 @@ class Life:
     def stage(self) -> str:
         """Of the model's group."""
         stages = {model.stage for model in self.models}
-        return "failover" if "failover" in stages else stages.pop()
+        for stage in ("failover-failed", "failover"):  # commits end one by one
+            if stage in stages:
+                return stage
+        return stages.pop()
 
     async def step(self) -> None:
         """Something that is possible now. Afterwards, if the machine is well, it has happened."""
@@ -226,6 +229,8 @@ class Life:
             "failover-failed": ["failover"],
             "done": ["reset"],
         }[self.stage]
+        if self.stage == "running" and self.group._torn:
+            commands = ["checkpoint"]  # what a failover asks for
         self.before = copy.deepcopy(self.models)
         self.touched: tuple[int, int, int] | None = None
         if rng.random() < 0.25:
@@ -266,7 +271,8 @@ class Life:
                     model.take_checkpoint()
                 elif target is FailoverTarget.CHECKPOINT:
                     model.active.clear()
-            model.stage, model.promoted = "failover", True
+            if model.stage in ("running", "failover-failed"):
+                model.stage, model.promoted = "failover", True
         elif name == "reset":
             model.active.clear()
             model.stage, model.promoted = "none", False
@@ -337,10 +343,11 @@ class Life:
         await self.check_images()
         await self.compare()
         for disk, model in zip(self.group.disks, self.models, strict=True):
-            # A crash came before it was recorded that this had been committed: once more, then.
-            if model.stage == "done" and disk.stage is not Stage.DONE:
-                model.checkpoint = bytearray(model.secondary)
-                model.stage = disk.stage.value
+            # A crash came before it was recorded that this had been committed, or the commit failed
+            # before the crash.
+            committed_too_late = model.stage == "done" and disk.stage is not Stage.DONE
+            if committed_too_late or disk.stage is Stage.FAILOVER_FAILED:
+                commit_again(model, disk.stage.value)
 
     async def check_images(self) -> None:
         """No overlay has anything worse than a leak."""
@@ -416,7 +423,7 @@ class Life:
                 assert fitting, (index, found[0], self.log[-12:])
                 self.models[index] = fitting[-1]
                 if found[0] == "failover-failed":
-                    self.models[index].stage = found[0]
+                    commit_again(self.models[index], found[0])
         self.before, self.touched = copy.deepcopy(self.models), None
 
     async def observe(self) -> list[tuple[str, bytes | None, bytes | None]]:
@@ -429,6 +436,13 @@ class Life:
                 standby = bytes(await read_bytes(disk.standby, 0, SIZE))
             found.append((disk.stage.value, primary, standby))
         return found
+
+
+def commit_again(model: ModelDisk, stage: str) -> None:
+    """The view is to be committed, all of it: that is the same as what is left of it."""
+    model.checkpoint = model.view()
+    model.active.clear()
+    model.stage = stage
 
 
 def same_stage(stage: str, model: ModelDisk) -> bool:
