@@ -20,7 +20,7 @@ from replnbd.daemon.recovery import (
     set_aside_lost,
     stamp_files,
 )
-from replnbd.errors import ControlError, StateError
+from replnbd.errors import ConfigError, ControlError, StateError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
 from replnbd.replication import FailoverTarget, Group, Stage, StandbyDisk
@@ -62,6 +62,10 @@ class Daemon:
             self._past = await open_past(self.config.disk)
             self.group = Group((), self._past.journal)  # which closes the journal, come what may
             await set_aside_lost(self._past, self.config.disk)
+            try:
+                await self._past.begin()
+            except OSError as exc:
+                raise ConfigError(f"cannot write {self._past.path}: {exc.strerror}") from exc
             await self._open_disks(self._past, created)
             if self.config.server.control is not None:
                 self._control = ControlServer(self, self.config.server.control)
@@ -250,12 +254,14 @@ class Daemon:
         """With what the next process needs to know that all is in order."""
         try:
             await self.group.close()
-            if self._opened:
-                try:
+            try:
+                if self._opened:
                     await self.group.keeper.stop(stamp_files(self.config.disk))
-                except OSError as exc:
-                    # The next process then looks at it as if this one had died.
-                    log.warning("cannot record the orderly end: %s", exc.strerror)
+                elif self._past is not None:
+                    await self._past.give_up(self.config.disk)
+            except OSError as exc:
+                # The next process then looks at it as if this one had died.
+                log.warning("cannot record the orderly end: %s", exc.strerror)
         finally:
             await self.group.keeper.close()
 

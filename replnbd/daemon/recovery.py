@@ -18,6 +18,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from replnbd.block import FileNode
 from replnbd.block.directory import new_file, rename_file
 from replnbd.block.threads import run_blocking
@@ -44,15 +46,30 @@ class Past:
         """None if there is none yet: `make_journal`."""
         self.record = record
         self.boot = boot_id()
-
-    @property
-    def end(self) -> str | None:
+        self.end: str | None = None
         """How the last process ended."""
-        if self.record is None:
-            return None
-        if self.record.files is not None:
-            return "orderly end"
-        return "process death" if self.record.boot == self.boot else "power failure"
+        if record is not None:
+            if record.files is not None:
+                self.end = "orderly end"
+            else:
+                self.end = "process death" if record.boot == self.boot else "power failure"
+
+    async def begin(self) -> None:
+        """Record that the files are in use, before one of them changes: to open an image can write
+        to it, and who dies then must not leave files that seem to be changed by somebody else."""
+        if self.record is not None and self.end != "process death":
+            await self._write(None)
+
+    async def give_up(self, disks: Sequence[DiskConfig]) -> None:
+        """Undo `begin`: the process ends before it has served anybody, all is closed."""
+        if self.end == "orderly end":
+            await self._write(stamp_files(disks))
+
+    async def _write(self, files: dict[str, FileStamp] | None) -> None:
+        assert self.journal is not None
+        assert self.record is not None
+        record = msgspec.structs.replace(self.record, files=files, boot=self.boot)
+        await self.journal.write(record, durable=True)
 
     async def make_journal(self) -> Journal:
         """A new one; ConfigError if that cannot be."""
@@ -168,7 +185,7 @@ def _check_files(past: Past, record: Record, disks: Sequence[DiskConfig]) -> Non
             try:
                 found = _stamp(path)
             except FileNotFoundError:
-                if past.end == "power failure" and key in _OVERLAYS:
+                if key in _OVERLAYS and (kept.lost is not None or past.end == "power failure"):
                     continue  # set aside by a start that did not get further
                 raise ConfigError(
                     f"{path} is missing, and '{disk.name}' is in stage '{kept.stage.value}':"

@@ -18,6 +18,7 @@ from peers import (
     REPLNBD,
     NbdReplyError,
     fingerprints,
+    qemu_img,
     refusal,
     run_replnbd,
     wait_until,
@@ -26,6 +27,7 @@ from writers import Writer
 
 from replnbd import ConfigError, DiskConfig, ImageError, Standby, StateError, read_bytes
 from replnbd.block import FileNode
+from replnbd.daemon import daemon as daemon_module
 from replnbd.daemon import recovery
 from replnbd.replication import Journal
 from replnbd.replication.journal import SLOT_BYTES
@@ -279,6 +281,40 @@ def test_files_that_do_not_belong_together_are_refused(
     if damage is not journal_damaged:
         assert "to begin anew, with a full synchronisation, remove" in line
     assert fingerprints(setup.folder) == before
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_a_start_that_fails_leaves_files_that_the_next_one_takes(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    """To open a qcow2 disk writes to it. `dies`: nothing is put in order afterwards."""
+    raw = setup.path("secondary").rename(setup.folder / "raw")
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, setup.path("secondary"))
+    setup.table["format"] = "qcow2"
+    started(setup)
+    disk = disk_of(setup)
+    disk.format = "qcow2"
+
+    def fail(*_: object) -> None:
+        raise ConfigError("not today")
+
+    async def nothing(*_: object) -> None:
+        return
+
+    stamp = recovery._stamp(str(setup.path("secondary")))
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(daemon_module, "check_size", fail)
+            if dies:
+                patch.setattr(recovery.Past, "give_up", nothing)
+            with pytest.raises(ConfigError, match="not today"):
+                await Standby([disk]).__aenter__()
+        assert recovery._stamp(str(setup.path("secondary"))) != stamp
+    async with Standby([disk]) as standby:
+        ended = "process death" if dies else "orderly end"
+        assert standby.status()["recovered-from"] == ended
+        assert await read_bytes(standby.node("d"), 0, SIZE) == pattern(1)
+        assert await read_bytes(standby.node("d", "primary"), 0, 3) == b"new"
 
 
 def test_a_disk_that_nothing_depends_on_may_change(setup: Setup) -> None:
