@@ -71,6 +71,15 @@ def rename_file(path: str, name: str) -> None:
         os.fsync(directory)
 
 
+def sync_file(path: str) -> None:
+    """Make all of a file durable, its time stamps as well; OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 @contextmanager
 def _open_directory(path: str) -> Iterator[int]:
     """A descriptor of the directory that a file is in."""

@@ -65,6 +65,8 @@ class FileNode(BlockNode):
         self.name = name
         self.size = _size_of(fd, path)
         self._flush_failure: int | None = None
+        self._sync_running: asyncio.Task[None] | None = None
+        self._sync_next: asyncio.Task[None] | None = None
         self._turns = asyncio.Semaphore(CALLS_MAX)
         # Threads that punch, zero or truncate: the kernel holds the inode for as long as that
         # takes (2 to 300 ms for fragmented megabytes), and a write in line would stop the loop.
@@ -134,6 +136,11 @@ class FileNode(BlockNode):
             return False
         return True
 
+    async def pwrite_fua(self, offset: int, data: Buffer) -> None:
+        # Of the range alone: 0.3 ms beside 300 MB of other dirty pages, which an fdatasync would
+        # take 170 ms to write.
+        await self._in_thread(_write_durably, self._fd, offset, data)
+
     async def copy_from(
         self, source: BlockNode, source_offset: int, offset: int, length: int
     ) -> None:
@@ -164,6 +171,15 @@ class FileNode(BlockNode):
         self.size = size
 
     async def flush(self) -> None:
+        # Group commit: who comes while a sync runs shares the next one with all others who do.
+        if self._sync_next is None:
+            self._sync_next = asyncio.get_running_loop().create_task(self._sync())
+        await asyncio.shield(self._sync_next)
+
+    async def _sync(self) -> None:
+        if self._sync_running is not None:
+            await asyncio.wait([self._sync_running])
+        self._sync_running, self._sync_next = self._sync_next, None
         # After a failed fdatasync the kernel has dropped the pages it could not write, and calls
         # the next one a success. What is lost stays lost: no flush of this node succeeds any more.
         if self._flush_failure is not None:
@@ -178,6 +194,10 @@ class FileNode(BlockNode):
         return await self._in_thread(_holes_and_data, self._fd, offset, length)
 
     async def close(self) -> None:
+        # A sync goes on when all who wanted it were cancelled.
+        syncs = [sync for sync in (self._sync_running, self._sync_next) if sync is not None]
+        if syncs:
+            await asyncio.wait(syncs)
         fd, self._fd = self._fd, -1
         if fd >= 0:
             await run_blocking(os.close, fd)
@@ -222,6 +242,23 @@ def _write_all(fd: int, offset: int, data: Buffer) -> None:
     view = memoryview(data)
     while view:
         done = os.pwrite(fd, view[:WRITE_SLICE], offset)
+        if done == 0:
+            raise OSError(errno.EIO, "write returned 0 bytes")
+        view = view[done:]
+        offset += done
+
+
+def _write_durably(fd: int, offset: int, data: Buffer) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            done = os.pwritev(fd, (view,), offset, os.RWF_DSYNC)
+        except OSError as exc:
+            if exc.errno != errno.EOPNOTSUPP:
+                raise
+            _write_all(fd, offset, view)
+            os.fdatasync(fd)
+            return
         if done == 0:
             raise OSError(errno.EIO, "write returned 0 bytes")
         view = view[done:]

@@ -59,6 +59,14 @@ class BlockNode(ABC):
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """Store `data` at `offset`. Durable only after a flush; visible to readers at once."""
 
+    async def pwrite_fua(self, offset: int, data: Buffer) -> None:
+        """`pwrite`, durable when it returns (NBD_CMD_FLAG_FUA); of other writes that says nothing.
+
+        Of an image format's file, where one small store has to be ordered: it does not wait for all
+        that others have written, as a flush does."""
+        await self.pwrite(offset, data)
+        await self.flush()
+
     def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
         """`pread`, if it need not wait for anything: True: done. False: nothing has happened
         (`buffer` may have changed), and the caller goes on with `pread`. OSError: it failed.
@@ -123,6 +131,9 @@ class OverlayNode(BlockNode):
     backing: BlockNode | None
     granularity: int
     """Bytes (a power of two): aligned writes of this size copy nothing from `backing`."""
+    power_safe: bool
+    """A power failure leaves what the layer was, but for writes that were not flushed: each of
+    their sectors is the old or the new one. What `copy_up` and `emptying` do is durable."""
 
     @abstractmethod
     async def allocated(self, offset: int, length: int) -> tuple[bool, int]:
@@ -131,11 +142,13 @@ class OverlayNode(BlockNode):
 
     @abstractmethod
     async def copy_up(self, offset: int, length: int) -> None:
-        """Store in this layer what `backing` shows in a range of which nothing is allocated here.
-        `offset` and `length` are multiples of `granularity`, but for the end of the disk."""
+        """Store in this layer what `backing` shows in a range of which nothing is allocated here;
+        if the layer is `power_safe`, durably. `offset` and `length` are multiples of
+        `granularity`, but for the end of the disk."""
 
     def copy_up_nowait(self, offset: int, length: int) -> int:
-        """See to it that all of an aligned range is allocated here, if that needs no waiting.
+        """See to it that all of an aligned range is allocated here, if that needs no waiting
+        (which nothing does that is to be durable).
         Returns how many bytes were copied up for that; -1: not done, use `allocated` and
         `copy_up`."""
         return -1

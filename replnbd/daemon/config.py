@@ -162,8 +162,6 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
             raise ConfigError(f"key '{key}' belongs to mode = \"primary\"")
     if not disk.secondary:
         raise ConfigError("key 'secondary' is missing: the file of the secondary disk")
-    if disk.durability != "process":
-        raise ConfigError(f"key 'durability': \"{disk.durability}\" is not available yet")
     disk.hidden = disk.hidden or f"{disk.secondary}.hidden.qcow2"
     disk.active = disk.active or f"{disk.secondary}.active.qcow2"
     disk.format = disk.secondary_format  # type: ignore[assignment]

@@ -232,7 +232,7 @@ class Daemon:
                     self.events,
                     self.jobs_registry,
                     created,
-                    unclean=past.end == "process death",
+                    past.end,
                 )
                 disks.append(disk)
                 check_size(past, config, disk.secondary.size)
@@ -256,7 +256,7 @@ class Daemon:
             await self.group.close()
             try:
                 if self._opened:
-                    await self.group.keeper.stop(stamp_files(self.config.disk))
+                    await self.group.keeper.stop(await stamp_files(self.config.disk))
                 elif self._past is not None:
                     await self._past.give_up(self.config.disk)
             except OSError as exc:

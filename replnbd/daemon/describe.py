@@ -20,6 +20,7 @@ def disk_status(disk: StandbyDisk, exports: Mapping[str, Export]) -> dict[str, A
         "name": disk.name,
         "top-id": disk.top_id,
         "mode": disk.mode,
+        "durability": disk.durability.value,
         "stage": disk.stage.value,
         "fenced": disk.promoted,
         "failover-target": disk.target.value if disk.promoted else None,

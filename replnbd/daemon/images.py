@@ -12,8 +12,8 @@ from replnbd.daemon.config import DiskConfig
 from replnbd.errors import ConfigError, ImageUnsupportedError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
-from replnbd.qcow2 import Qcow2Node, create_image, open_qcow2
-from replnbd.replication import StandbyDisk
+from replnbd.qcow2 import LastEnd, Qcow2Node, create_image, open_qcow2
+from replnbd.replication import Durability, StandbyDisk
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +28,15 @@ async def open_image(
     read_only: bool = False,
     backing: BlockNode | None = None,
     name: str = "",
-    unclean: bool = False,
+    power_safe: bool | None = None,
+    last_end: LastEnd | None = None,
 ) -> BlockNode:
     """Open a disk image as a node; close it when done.
 
     `format` is "raw" or "qcow2"; None: qcow2 if the name ends so, else raw, never guessed from
     the content. `backing` is what a qcow2's unallocated ranges show: the name that its header
     records is never opened. The file is locked, as QEMU locks it, until the node is closed.
-    `unclean`: see `open_qcow2`.
+    `power_safe` (None: a disk is, an overlay is not) and `last_end`: see `open_qcow2`.
 
     Raises ConfigError (missing, unreadable, in use, unknown format) or ImageError (damaged).
     """
@@ -48,15 +49,13 @@ async def open_image(
     if format == "raw":
         return file
     try:
-        # A disk must survive a power failure; what an overlay holds is only worth something
-        # together with the process (durability "process").
         return await open_qcow2(
             file,
             backing=backing,
             read_only=read_only,
             name=name,
-            dirty_bit=backing is None,
-            unclean=unclean,
+            power_safe=backing is None if power_safe is None else power_safe,
+            last_end=last_end,
         )
     except BaseException:
         await file.close()
@@ -64,11 +63,15 @@ async def open_image(
 
 
 async def open_disk(
-    config: DiskConfig, bus: EventBus, jobs: JobRegistry, created: list[str], *, unclean: bool
+    config: DiskConfig,
+    bus: EventBus,
+    jobs: JobRegistry,
+    created: list[str],
+    last_end: LastEnd | None,
 ) -> StandbyDisk:
     """Open, and where missing create, the images of a secondary disk.
 
-    The paths of new images go to `created`. `unclean`: the last process had died. If one of the
+    The paths of new images go to `created`. `last_end`: of the last process. If one of the
     images is not good, the others are closed again.
     """
     assert config.secondary is not None
@@ -77,7 +80,10 @@ async def open_disk(
     assert config.top_id is not None
     async with AsyncExitStack() as undo:
         secondary = await open_image(
-            config.secondary, format=config.format, name=f"{config.name}-secondary"
+            config.secondary,
+            format=config.format,
+            name=f"{config.name}-secondary",
+            last_end=last_end,
         )
         undo.push_async_callback(secondary.close)
         if secondary.size == 0 or secondary.size % SECTOR:
@@ -86,12 +92,11 @@ async def open_disk(
                 f" of {SECTOR}"
             )
         hidden = await _open_overlay(
-            config.hidden, secondary, config.secondary, config.secondary_format,
-            f"{config.name}-hidden", undo, created, unclean,
+            config, "hidden", secondary, config.secondary, config.secondary_format,
+            undo, created, last_end,
         )  # fmt: skip
         active = await _open_overlay(
-            config.active, hidden, config.hidden, "qcow2",
-            f"{config.name}-active", undo, created, unclean,
+            config, "active", hidden, config.hidden, "qcow2", undo, created, last_end,
         )  # fmt: skip
         disk = StandbyDisk(
             config.name,
@@ -99,6 +104,7 @@ async def open_disk(
             secondary=secondary,
             hidden=hidden,
             active=active,
+            durability=Durability(config.durability),
             bus=bus,
             jobs=jobs,
         )
@@ -107,21 +113,29 @@ async def open_disk(
 
 
 async def _open_overlay(
-    path: str,
+    config: DiskConfig,
+    key: str,
     backing: BlockNode,
     backing_path: str,
     backing_format: str,
-    name: str,
     undo: AsyncExitStack,
     created: list[str],
-    unclean: bool,
+    last_end: LastEnd | None,
 ) -> Qcow2Node:
+    path = getattr(config, key)
     if not os.path.lexists(path):
         recorded = _relative(backing_path, path)
         await create_image(path, backing.size, backing_file=recorded, backing_format=backing_format)
         created.append(path)
         log.info("created %s over %s (%d bytes)", path, recorded, backing.size)
-    overlay = await open_image(path, format="qcow2", backing=backing, name=name, unclean=unclean)
+    overlay = await open_image(
+        path,
+        format="qcow2",
+        backing=backing,
+        name=f"{config.name}-{key}",
+        power_safe=config.durability == "power",
+        last_end=last_end,
+    )
     undo.push_async_callback(overlay.close)
     assert isinstance(overlay, Qcow2Node)
     if overlay.header.nb_snapshots:

@@ -3,8 +3,9 @@
     the last process                    what goes on
     ended in an orderly way             everything, if no file has changed since
     died (kill -9, a bug)               everything: the page cache has all that it wrote
-    died with the host (power)          the secondary disks, with all that was flushed; a view that
-                                        cannot be trusted is lost, and never served
+    died with the host (power)          the secondary disks, with all that was flushed. The view
+                                        with durability "power"; with "process" it cannot be
+                                        trusted: it is lost, and never served
 
 A lost view is not deleted: its overlays are set aside under `FILE.lost`. What a second power
 failure finds in their place, before there is a view again, is of no use to anybody, and goes.
@@ -21,12 +22,13 @@ from pathlib import Path
 import msgspec
 
 from replnbd.block import FileNode
-from replnbd.block.directory import new_file, rename_file
+from replnbd.block.directory import new_file, rename_file, sync_file
 from replnbd.block.threads import run_blocking
 from replnbd.daemon.config import IMAGES, DiskConfig
 from replnbd.errors import ConfigError
-from replnbd.replication import DiskRecord, FileStamp, Journal, Record, Stage
-from replnbd.replication.journal import SLOT_BYTES
+from replnbd.qcow2 import LastEnd
+from replnbd.replication import DiskRecord, Durability, FileStamp, Journal, Record, Stage
+from replnbd.replication.journal import FILE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -46,36 +48,40 @@ class Past:
         """None if there is none yet: `make_journal`."""
         self.record = record
         self.boot = boot_id()
-        self.end: str | None = None
+        self.end: LastEnd | None = None
         """How the last process ended."""
         if record is not None:
             if record.files is not None:
-                self.end = "orderly end"
+                self.end = LastEnd.ORDERLY
+            elif record.boot == self.boot:
+                self.end = LastEnd.PROCESS_DEATH
             else:
-                self.end = "process death" if record.boot == self.boot else "power failure"
+                self.end = LastEnd.POWER_FAILURE
 
     async def begin(self) -> None:
         """Record that the files are in use, before one of them changes: to open an image can write
         to it, and who dies then must not leave files that seem to be changed by somebody else."""
-        if self.record is not None and self.end != "process death":
-            await self._write(None)
+        if self.record is not None and self.end is not LastEnd.PROCESS_DEATH:
+            # Until all is put in order, a power failure remains one.
+            failed = self.end is LastEnd.POWER_FAILURE
+            await self._write(None, self.record.boot if failed else self.boot)
 
     async def give_up(self, disks: Sequence[DiskConfig]) -> None:
         """Undo `begin`: the process ends before it has served anybody, all is closed."""
-        if self.end == "orderly end":
-            await self._write(stamp_files(disks))
+        if self.end is LastEnd.ORDERLY:
+            await self._write(await stamp_files(disks), self.boot)
 
-    async def _write(self, files: dict[str, FileStamp] | None) -> None:
+    async def _write(self, files: dict[str, FileStamp] | None, boot: str) -> None:
         assert self.journal is not None
         assert self.record is not None
-        record = msgspec.structs.replace(self.record, files=files, boot=self.boot)
+        record = msgspec.structs.replace(self.record, files=files, boot=boot)
         await self.journal.write(record, durable=True)
 
     async def make_journal(self) -> Journal:
         """A new one; ConfigError if that cannot be."""
         async with new_file(self.path) as file:
             # All of it now: a full disk must not keep a failover from being recorded.
-            await file.pwrite(0, bytes(2 * SLOT_BYTES))
+            await file.pwrite(0, bytes(FILE_BYTES))
         return Journal(FileNode.open(self.path))
 
 
@@ -109,10 +115,12 @@ async def open_past(disks: Sequence[DiskConfig]) -> Past:
 async def set_aside_lost(past: Past, disks: Sequence[DiskConfig]) -> None:
     """After a power failure: overlays that may be anything get another name, and disks whose view
     they were have lost it. ConfigError if that cannot be done."""
-    if past.end != "power failure":
+    if past.end is not LastEnd.POWER_FAILURE:
         return
     assert past.record is not None
     for disk, record in zip(disks, past.record.disks, strict=True):
+        if record.durability is Durability.POWER:
+            continue
         for key in _OVERLAYS:
             path = getattr(disk, key)
             if not os.path.lexists(path):
@@ -141,9 +149,15 @@ def check_size(past: Past, disk: DiskConfig, size: int) -> None:
             )
 
 
-def stamp_files(disks: Sequence[DiskConfig]) -> dict[str, FileStamp]:
-    """What all images are like now, for the record of an orderly end; OSError."""
-    return {_role(disk, key): _stamp(getattr(disk, key)) for disk in disks for key in IMAGES}
+async def stamp_files(disks: Sequence[DiskConfig]) -> dict[str, FileStamp]:
+    """What all images are like now, durably, for the record of an orderly end; OSError."""
+    stamps = {}
+    for disk in disks:
+        for key in IMAGES:
+            path = getattr(disk, key)
+            await run_blocking(sync_file, path)  # a time stamp is none of what a flush is for
+            stamps[_role(disk, key)] = _stamp(path)
+    return stamps
 
 
 def _find_journal(disks: Sequence[DiskConfig]) -> str:
@@ -185,7 +199,8 @@ def _check_files(past: Past, record: Record, disks: Sequence[DiskConfig]) -> Non
             try:
                 found = _stamp(path)
             except FileNotFoundError:
-                if key in _OVERLAYS and (kept.lost is not None or past.end == "power failure"):
+                gone = past.end is LastEnd.POWER_FAILURE and kept.durability is Durability.PROCESS
+                if key in _OVERLAYS and (kept.lost is not None or gone):
                     continue  # set aside by a start that did not get further
                 raise ConfigError(
                     f"{path} is missing, and '{disk.name}' is in stage '{kept.stage.value}':"

@@ -6,7 +6,7 @@ last empty, and its own mapping is the only record of what was copied.
 
 Order, for a process that may die at any point: old data to `target`, then `target`'s mapping (its
 own law), then `file`. If saving fails, the write fails and `file` is untouched (QEMU's
-on-cbw-error=break-guest-write).
+on-cbw-error=break-guest-write). A `power_safe` target has all of it durable before `file` changes.
 
 Whoever owns this filter serialises overlapping requests, rounded to `target.granularity`, and
 readers of `target` with them: a reader that found a range unallocated in `target` must have read
@@ -32,8 +32,17 @@ class CopyBeforeWrite(PassThrough):
         self.target = target
         self.bytes_copied = 0
         self._mask = target.granularity - 1
+        self._doubtful: list[tuple[int, int]] = []
+        """(start, end) of what may be allocated in a power-safe target and not be durable."""
+
+    def restart(self) -> None:
+        """`target` is empty: nothing is saved."""
+        self.bytes_copied = 0
+        self._doubtful = []
 
     def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        if self._doubtful:
+            return False
         mask = self._mask
         start = offset & ~mask
         end = (offset + len(data) + mask) & ~mask
@@ -79,10 +88,18 @@ class CopyBeforeWrite(PassThrough):
         mask = self._mask
         position = offset & ~mask
         end = min((offset + length + mask) & ~mask, self.size)
+        for doubtful_start, doubtful_end in self._doubtful:
+            if position < doubtful_end and doubtful_start < end:
+                await self.target.flush()  # fails for ever if it has failed on that file
         allocated_in_target = self.target.allocated
         while position < end:
             allocated, count = await allocated_in_target(position, end - position)
             if not allocated:
-                await self.target.copy_up(position, count)
+                try:
+                    await self.target.copy_up(position, count)
+                except OSError:
+                    if self.target.power_safe:
+                        self._doubtful.append((position, position + count))
+                    raise
                 self.bytes_copied += count
             position += count

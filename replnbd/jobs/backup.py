@@ -36,7 +36,7 @@ class BackupJob(Job):
 
     def restart_progress(self) -> None:
         """A new checkpoint: nothing is saved yet."""
-        self._filter.bytes_copied = 0
+        self._filter.restart()
 
     def finish(self) -> None:
         """The stage that needed the copies is over: the job ends well, in its own turn."""

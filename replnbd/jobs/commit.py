@@ -5,7 +5,8 @@ One sweep over the disk, in batches:
     1. copy: under an exclusive lock on each chunk, what an overlay has there goes to the base;
     2. sync: the base is flushed, so that nothing flushed before can be lost by step 3;
     3. drop: each chunk is made unallocated in the overlays, the lowest first. If the process
-       dies between two drops, the upper ones still win, and show the same bytes.
+       dies between two drops, the upper ones still win, and show the same bytes. (And if the host
+       does: a power-safe overlay is flushed before the next one is begun.)
 
 Whoever writes meanwhile (the owner's filter) writes where a range is allocated to the top overlay,
 and elsewhere to the base. So the overlays only ever shrink: the sweep ends, under any load; and
@@ -151,12 +152,15 @@ class CommitJob(Job):
             self._ranges.release(key)
 
     async def _drop(self, batch: list[tuple[int, int]]) -> None:
-        for offset, length in batch:
-            key = await self._ranges.acquire(offset, length, True)
-            try:
-                for overlay in reversed(self._overlays):
+        for overlay in reversed(self._overlays):
+            for offset, length in batch:
+                key = await self._ranges.acquire(offset, length, True)
+                try:
                     await overlay.drop(offset, length)
-                self._copied_start = offset + length
-            finally:
-                self._ranges.release(key)
-            await asyncio.sleep(0)
+                    if overlay is self._top:
+                        self._copied_start = offset + length
+                finally:
+                    self._ranges.release(key)
+                await asyncio.sleep(0)
+            if overlay.power_safe and overlay is not self._top and batch:
+                await overlay.flush()

@@ -20,14 +20,18 @@ Laws.
    fails the request with EIO, marks the image corrupt, and stops all writing to it.
 5. A request costs the same whatever the size of the disk; memory is bounded by the cache.
 
-Power failure: what was flushed is there. Between two flushes the file system may keep stores in
-any order, so refcounts may be behind the entries they count: `open_qcow2(dirty_bit=True)`.
+Power failure. Between two flushes the file system may keep stores or lose them, in any order, torn
+at any sector. An image that is opened `power_safe` can bear that, by two more laws:
+6. No store refers to what is not durable, and nothing is used again before it is durable that
+   nothing refers to it: a flush in between, shared by all who wait for one (FileNode).
+7. Refcounts alone are in no order. The dirty bit is on disk while the image is open (version 3),
+   and whoever opens it next counts anew.
 
     open, create, check, inspect    what one calls
     image                           the node: fast paths, range lock
     read, write, copy_up, zeroes, empty, status, compressed      the verbs
     reclaim                         space and memory that go back in the background
-    leaks                           what a process that died has left
+    recount                         refcounts after a death, fast
     state                           an open image's parts, and the lookups the verbs share
     mapping                         the L1 table, cached L2 slices, and the stores to them
     refcounts, allocation           which host clusters are free, and taking them in runs
@@ -40,11 +44,12 @@ from replnbd.qcow2.create import create_image, create_qcow2
 from replnbd.qcow2.format import read_header
 from replnbd.qcow2.header import Header
 from replnbd.qcow2.image import Qcow2Node
-from replnbd.qcow2.open import open_qcow2
+from replnbd.qcow2.open import LastEnd, open_qcow2
 
 __all__ = [
     "CheckReport",
     "Header",
+    "LastEnd",
     "Qcow2Node",
     "check_image",
     "create_image",

@@ -11,6 +11,9 @@ Laws.
    until there are many, or somebody flushes: then runs of neighbours are punched out of the file
    and their refcounts stored with one pwrite each.
 3. What could not be given back because of an I/O error stays in the list, for the next time.
+4. In a power-safe image it is durable that nothing refers to a cluster before it leaves the list.
+   Where clusters are to be `blank`, they read as zeroes, durably, when they are handed out: they
+   are beyond the file's end, or punched and flushed.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ class Allocator:
     """Hands out host clusters of an image open for writing, and takes them back."""
 
     __slots__ = (
+        "_blank",
         "_can_punch",
         "_leaving",
         "_next",
@@ -49,9 +53,10 @@ class Allocator:
         "settling",
     )
 
-    def __init__(self, host: HostFile, refcounts: Refcounts) -> None:
+    def __init__(self, host: HostFile, refcounts: Refcounts, *, blank: bool = False) -> None:
         self.host = host
         self.refcounts = refcounts
+        self._blank = blank
         run = _RUN_BYTES // host.cluster_size
         self._run_clusters = min(max(run, _RUN_CLUSTERS_MIN), _RUN_CLUSTERS_MAX)
         # Clusters from _next to _run_end are ours, with refcount 1 on disk, and in no use.
@@ -79,9 +84,12 @@ class Allocator:
         self._next = first + 1
         return first << self.host.cluster_bits
 
-    def put_back(self) -> None:
-        """Undo the `allocate_nowait` that has just been made."""
-        self._next -= 1
+    def put_back(self, *, blank: bool) -> None:
+        """Undo the `allocate_nowait` that has just been made; `blank`: nothing was stored there."""
+        if self._blank and not blank:
+            self.release((self._next - 1) << self.host.cluster_bits, 1)
+        else:
+            self._next -= 1
 
     async def allocate(self, count: int) -> tuple[int, int]:
         """(host offset, number) of contiguous clusters: at least one, at most `count`."""
@@ -124,6 +132,9 @@ class Allocator:
         host = self.host
         bits = host.cluster_bits
         await host.check_target(cluster << bits, count << bits, "newly allocated data")
+        if self._blank and cluster << bits < host.end:
+            await host.file.write_zeroes(cluster << bits, count << bits)
+            await host.order()
         await self.refcounts.set_run(cluster, count, 1)
         host.end = max(host.end, (cluster + count) << bits)
 
@@ -198,6 +209,8 @@ class Allocator:
                 self.released = []
                 self.refcounts.orphaned.clear()
                 holes = await self._holes()
+            if self._leaving:
+                await self.host.order()
             # Their refcounts say that they are in use, so nobody can take them meanwhile; and
             # without the lock, requests need not wait while the file system frees blocks.
             for cluster, count in holes:
@@ -216,6 +229,8 @@ class Allocator:
                 self.released.append((first, count))
                 raise
             self.hint = min(self.hint, first)
+            if (first + count) << self.host.cluster_bits == self.host.end:
+                self.host.end = first << self.host.cluster_bits  # untouched, and blank
 
     async def _holes(self) -> list[tuple[int, int]]:
         """The runs among those that leave which nothing else refers to."""

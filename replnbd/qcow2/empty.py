@@ -103,7 +103,7 @@ async def _allocate_l1(image: Image) -> int | None:
     offset = await allocator.allocate_contiguous(count)
     if offset is not None:
         try:
-            await image.file.pwrite(offset, bytes(count * image.shape.cluster_size))
+            await image.host.pwrite_ordered(offset, bytes(count * image.shape.cluster_size))
         except OSError:
             allocator.release(offset, count)
             raise
@@ -115,7 +115,7 @@ async def _clear_l1(image: Image, blank: int | None) -> None:
     mapping = image.mapping
     if blank is None:
         try:
-            await image.file.pwrite(mapping.l1_offset, bytes(len(mapping.l1) * 8))
+            await image.host.pwrite_ordered(mapping.l1_offset, bytes(len(mapping.l1) * 8))
         except OSError:
             await _restore(image, mapping.l1_offset, bytes_of(mapping.l1), "the L1 table")
             raise
@@ -130,7 +130,7 @@ async def _switch_l1(image: Image, blank: int) -> None:
     mapping = image.mapping
     old = mapping.l1_offset
     try:
-        await image.file.pwrite(_OFFSET_L1_TABLE, struct.pack(">Q", blank))
+        await image.host.pwrite_ordered(_OFFSET_L1_TABLE, struct.pack(">Q", blank))
     except OSError:
         await _restore(image, _OFFSET_L1_TABLE, struct.pack(">Q", old), "the header")
         raise
@@ -144,7 +144,7 @@ async def _switch_l1(image: Image, blank: int) -> None:
 async def _restore(image: Image, offset: int, content: bytes, what: str) -> None:
     """After a failed store: the file must be what memory says, or nobody writes any more."""
     try:
-        await image.file.pwrite(offset, content)
+        await image.host.pwrite_ordered(offset, content)
     except OSError as exc:
         await image.host.corruption(f"{what} could not be restored ({exc})")
 
@@ -238,7 +238,7 @@ async def _drop_blocks(image: Image, wanted: set[int]) -> None:
         return
     # All of it with one store: that takes 30 µs, and looking for what has changed takes 500.
     try:
-        await image.file.pwrite(refcounts.table_offset, bytes_of(table))
+        await image.host.pwrite_ordered(refcounts.table_offset, bytes_of(table))
     except OSError:
         content = bytes_of(refcounts.table)
         await _restore(image, refcounts.table_offset, content, "the refcount table")

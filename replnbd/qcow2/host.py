@@ -5,6 +5,8 @@ Laws.
    (a refcount or an L2 entry lies), and going on would destroy what is still good.
 2. Corruption found while running fails the request with EIO, marks the image corrupt (version 3)
    and refuses every later write. Reads of what is sound go on.
+3. `power_safe`: no store refers to what is not durable, and nothing is used again or given back
+   before it is durable that nothing refers to it. See the laws of the package.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import errno
 import logging
 import struct
 
-from replnbd.block import BlockNode
+from replnbd.block import BlockNode, Buffer
 from replnbd.qcow2.format import (
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
@@ -38,17 +40,26 @@ class HostFile:
         "lock",
         "metadata",
         "path",
+        "power_safe",
         "read_only",
         "tables",
         "version",
     )
 
     def __init__(
-        self, file: BlockNode, path: str, header: Header, file_size: int, *, read_only: bool
+        self,
+        file: BlockNode,
+        path: str,
+        header: Header,
+        file_size: int,
+        *,
+        read_only: bool,
+        power_safe: bool = False,
     ) -> None:
         self.file = file
         self.path = path
         self.read_only = read_only
+        self.power_safe = power_safe
         self.version = header.version
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
@@ -125,6 +136,18 @@ class HostFile:
         await self.file.pwrite(
             OFFSET_INCOMPATIBLE_FEATURES, struct.pack(">Q", self.incompatible_features)
         )
+
+    async def order(self) -> None:
+        """Between a store and one that refers to it, or that uses again what it let go of."""
+        if self.power_safe:
+            await self.file.flush()
+
+    async def pwrite_ordered(self, offset: int, data: Buffer) -> None:
+        """One small store, with `order` after it, and no waiting for other ones."""
+        if self.power_safe:
+            await self.file.pwrite_fua(offset, data)
+        else:
+            await self.file.pwrite(offset, data)
 
     async def check_target(self, offset: int, length: int, what: str) -> None:
         """OSError (and the image is corrupt) if a store of `what` would overwrite metadata."""

@@ -54,6 +54,7 @@ class Qcow2Node(OverlayNode):
         self._ranges = RangeLock(header.cluster_size)
         shape = image.shape
         self.granularity = shape.sub_size
+        self.power_safe = image.host.power_safe
         self.read_only = image.host.read_only
         # Copies for the fast paths: an attribute of an attribute costs 40 ns each time.
         self._slices = image.mapping.slices
@@ -239,7 +240,7 @@ class Qcow2Node(OverlayNode):
         allocated = (bitmap | bitmap >> ZERO_SHIFT) & mask
         if allocated or descriptor & self._invalid:
             return 0 if allocated == mask and not descriptor & self._invalid else -1
-        if offset + length > self._backing_size:
+        if offset + length > self._backing_size or self.power_safe:
             return -1
         image = self._image
         image.copy_buffer = buffer = image.copy_buffer or new_copy_buffer(image)
@@ -253,6 +254,7 @@ class Qcow2Node(OverlayNode):
         try:
             self._host.check_writable()
             await copy_up(self._image, offset, length)
+            await self._host.order()
         finally:
             self._ranges.release(key)
 

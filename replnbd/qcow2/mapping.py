@@ -324,6 +324,7 @@ class Mapping:
         table, _ = await self.allocator.allocate_locked(1)
         try:
             await host.file.pwrite(table, content)
+            await host.order()
         except OSError:
             self.allocator.release(table, 1)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 from array import array
+from enum import StrEnum
 
 from replnbd.block import BlockNode
 from replnbd.errors import ImageError, ImageUnsupportedError
@@ -13,18 +14,31 @@ from replnbd.qcow2.check import repair_leaks, repair_refcounts
 from replnbd.qcow2.entries import OFFSET_MASK, Shape
 from replnbd.qcow2.format import (
     AUTOCLEAR_BITMAPS,
+    INCOMPATIBLE_DIRTY,
     OFFSET_AUTOCLEAR_FEATURES,
+    OFFSET_INCOMPATIBLE_FEATURES,
     Header,
     read_header,
 )
 from replnbd.qcow2.host import HostFile
 from replnbd.qcow2.image import Qcow2Node
-from replnbd.qcow2.leaks import release_leaks
 from replnbd.qcow2.mapping import Mapping, read_l1
+from replnbd.qcow2.recount import recount
 from replnbd.qcow2.refcounts import load_refcounts
 from replnbd.qcow2.state import Image
 
 log = logging.getLogger(__name__)
+
+
+class LastEnd(StrEnum):
+    """How the last process that wrote an image ended."""
+
+    ORDERLY = "orderly end"
+    PROCESS_DEATH = "process death"
+    """All that it stored is there: the page cache has it."""
+    POWER_FAILURE = "power failure"
+    """What it flushed is there."""
+
 
 CACHE_BYTES = 16 << 20
 """Of L2 slices, for one image: as much as maps 60 GiB of an overlay, at 64 KiB clusters."""
@@ -41,20 +55,23 @@ async def open_qcow2(
     read_only: bool = False,
     name: str = "",
     cache_bytes: int = CACHE_BYTES,
-    dirty_bit: bool = False,
-    unclean: bool = False,
+    power_safe: bool = False,
+    last_end: LastEnd | None = None,
 ) -> Qcow2Node:
     """Open the qcow2 image in `file`. The node owns `file` from then on, but not `backing`.
 
     `backing` is what unallocated ranges show. It is never opened from the name in the header
     (CVE-2024-4467): the caller decides, and `Qcow2Node.header.backing_file` informs.
 
-    `dirty_bit` is for disks that must survive a power failure: the image is marked dirty, durably,
-    while it is open for writing, so that whoever opens it after an untimely end (replnbd or QEMU)
-    first rebuilds its refcounts. Without it they are exact after the death of the process, but
-    after a power failure may be behind the entries they count. Version 2 has no such bit.
+    `power_safe`: what is in the image survives a power failure, as on a disk: all that was flushed
+    is there, and of what was not, each sector is the old or the new one. For that, new data is
+    flushed before the entry that shows it (not where there is no backing: new clusters are blank
+    there), and the image is marked dirty, durably, while it is open for writing, so that whoever
+    opens it after an untimely end (replnbd or QEMU) first rebuilds its refcounts. Version 2 has no
+    such bit: there, `last_end` must tell.
 
-    `unclean`: the last process that wrote the image may have died; what it leaked is given back.
+    `last_end`: how the last process that wrote the image ended, if that is known. After a death,
+    what was leaked is given back; after a power failure, refcounts are rebuilt.
 
     Raises ImageError if the image is malformed, or has a backing file and no `backing` is given,
     or cannot be trusted for writing; ImageUnsupportedError if it needs what replnbd does not have.
@@ -67,25 +84,30 @@ async def open_qcow2(
         )
     file_size = file.size
     if not read_only:
-        header, file_size = await _prepare_writing(file, path, header)
-        if unclean:
+        header, file_size = await _prepare_writing(file, path, header, last_end)
+        if last_end is LastEnd.PROCESS_DEATH:
             await _give_back_leaks(file, path, header, file_size)
-    host = HostFile(file, path, header, file_size, read_only=read_only)
+    host = HostFile(
+        file, path, header, file_size, read_only=read_only, power_safe=power_safe and not read_only
+    )
     shape = Shape(header)
     l1 = await read_l1(host, header.l1_table_offset, header.l1_size)
     _guard_tables(host, shape, l1)
     mapping = Mapping(host, shape, l1, header.l1_table_offset, cache_bytes)
     allocator = None
     if not read_only:
-        allocator = Allocator(host, await load_refcounts(host, header))
+        refcounts = await load_refcounts(host, header)
+        allocator = Allocator(host, refcounts, blank=power_safe and backing is None)
         mapping.allocator = allocator
-        if dirty_bit and header.version >= 3:
+        if power_safe and header.version >= 3:
             await host.mark_dirty()
     image = Image(host, header, mapping, allocator, backing)
     return Qcow2Node(image, header, name or file.name)
 
 
-async def _prepare_writing(file: BlockNode, path: str, header: Header) -> tuple[Header, int]:
+async def _prepare_writing(
+    file: BlockNode, path: str, header: Header, last_end: LastEnd | None
+) -> tuple[Header, int]:
     """Refuse what must not be written to, repair what is dirty, clear unknown autoclear bits.
     Returns the header and the size of the file, which a repair may have changed."""
     file_size = file.size
@@ -99,10 +121,16 @@ async def _prepare_writing(file: BlockNode, path: str, header: Header) -> tuple[
             f"{path}: the image has {header.bitmaps.nb_bitmaps} persistent bitmaps, which "
             "writing would make wrong; remove them with: qemu-img bitmap --remove"
         )
-    if header.dirty:
+    if header.dirty or last_end is LastEnd.POWER_FAILURE:
         log.warning("%s: the image was not closed properly: repairing its refcounts", path)
-        report = await repair_refcounts(file, header)
-        file_size = max(file_size, report.image_end_offset)
+        if await recount(file, header, file_size, only_leaks=False) is None:
+            report = await repair_refcounts(file, header)
+            file_size = max(file_size, report.image_end_offset)
+        elif header.dirty:
+            await file.flush()
+            features = struct.pack(">Q", header.incompatible_features & ~INCOMPATIBLE_DIRTY)
+            await file.pwrite(OFFSET_INCOMPATIBLE_FEATURES, features)
+            await file.flush()
         header = await read_header(file, file_size=file_size)
     if header.autoclear_features:
         # "an autoclear bit ... must be cleared" by who writes and does not know it: we know none.
@@ -111,7 +139,7 @@ async def _prepare_writing(file: BlockNode, path: str, header: Header) -> tuple[
 
 
 async def _give_back_leaks(file: BlockNode, path: str, header: Header, file_size: int) -> None:
-    leaks = await release_leaks(file, header, file_size)
+    leaks = await recount(file, header, file_size, only_leaks=True)
     if leaks is None:
         report = await repair_leaks(file, header, file_size=file_size)
         leaks = report.leaks_fixed

@@ -268,9 +268,10 @@ class Refcounts:
             await host.file.pwrite(start + number * size, block.encode())
             made.append(block)
         await host.file.pwrite(table_offset, bytes_of(table))
+        await host.order()
         old = (self.table_offset, len(self.table) * 8)
         try:
-            await host.file.pwrite(OFFSET_REFCOUNT_TABLE, _table_fields(table_offset, clusters))
+            await host.pwrite_ordered(OFFSET_REFCOUNT_TABLE, _table_fields(table_offset, clusters))
         except OSError:
             await self._restore_header(*old)
             raise
@@ -287,7 +288,7 @@ class Refcounts:
         host = self.host
         try:
             fields = _table_fields(offset, length // host.cluster_size)
-            await host.file.pwrite(OFFSET_REFCOUNT_TABLE, fields)
+            await host.pwrite_ordered(OFFSET_REFCOUNT_TABLE, fields)
         except OSError as exc:
             # Which table counts after a restart is unknown: nothing may be allocated any more.
             await host.corruption(

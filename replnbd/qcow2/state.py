@@ -34,6 +34,7 @@ class Image:
         "host",
         "inflated",
         "mapping",
+        "ordered",
         "shape",
     )
 
@@ -53,6 +54,9 @@ class Image:
         """None if the image is open read-only."""
         self.backing = backing
         self.backing_size = min(backing.size, header.size) if backing is not None else 0
+        self.ordered = host.power_safe and backing is not None
+        """Data in a new cluster must be durable before the entry that shows it. Without a backing
+        it need not: the cluster is blank till then (allocation.py), as what it stands for was."""
         self.compression_type = header.compression_type
         self.copy_buffer: memoryview | None = None
         """Of copy_up.py: used again, because fresh memory costs more than it does to fill it."""

@@ -22,6 +22,7 @@ from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.group import Group
 from replnbd.replication.journal import (
     DiskRecord,
+    Durability,
     FailoverTarget,
     FileStamp,
     Journal,
@@ -33,6 +34,7 @@ from replnbd.replication.stage import Command, Stage
 __all__ = [
     "Command",
     "DiskRecord",
+    "Durability",
     "FailoverTarget",
     "FileStamp",
     "GateNode",

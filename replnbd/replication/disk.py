@@ -31,7 +31,7 @@ from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.filters import CopyBeforeWrite
 from replnbd.jobs import BackupJob, CommitJob, Job, JobRegistry
-from replnbd.replication.journal import DiskRecord, FailoverTarget, Layer
+from replnbd.replication.journal import DiskRecord, Durability, FailoverTarget, Layer
 from replnbd.replication.nodes import GateNode, NotStartedNode, RefusingNode, SplitWriteNode
 from replnbd.replication.stage import IO_ERROR, NOT_RUNNING, Command, Stage
 from replnbd.replication.stage import next_stage as next_stage_of
@@ -58,6 +58,7 @@ class StandbyDisk:
         secondary: BlockNode,
         hidden: OverlayNode,
         active: OverlayNode,
+        durability: Durability = Durability.PROCESS,
         bus: EventBus,
         jobs: JobRegistry,
     ) -> None:
@@ -66,6 +67,8 @@ class StandbyDisk:
         self.secondary = secondary
         self.hidden = hidden
         self.active = active
+        self.durability = durability
+        """POWER if both overlays are `power_safe`."""
         self.stage = Stage.NONE
         self.promoted = False
         """After a failover: the standby's disk is the disk, and NAME is fenced."""
@@ -147,6 +150,7 @@ class StandbyDisk:
             name=self.name,
             top_id=self.top_id,
             size=self.secondary.size,
+            durability=self.durability,
             stage=self.stage,
             promoted=self.promoted,
             target=self.target,
@@ -176,6 +180,13 @@ class StandbyDisk:
             else:
                 self.stage = Stage.FAILOVER_FAILED
         self._set_targets()
+
+    async def flush_all(self) -> None:
+        """Make the whole view durable, if it is to survive a power failure: an earlier process may
+        have left stores in the page cache that nobody has flushed. OSError."""
+        if self.durability is Durability.POWER:
+            for node in (self.secondary, self.hidden, self.active):
+                await node.flush()
 
     # Section: steps of commands
 

@@ -17,12 +17,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, ParamSpec
 
-from replnbd.block import OverlayNode
 from replnbd.errors import StateError
 from replnbd.jobs import Job
 from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.journal import (
     DiskRecord,
+    Durability,
     FailoverTarget,
     Journal,
     Layer,
@@ -74,7 +74,10 @@ class Group:
         self.disks = tuple(disks)
         self.generation = new_generation()
         """Another one after every failover."""
-        self.keeper = Keeper(journal, make_journal, self._record, self._suspend)
+        power = any(disk.durability is Durability.POWER for disk in self.disks)
+        self.keeper = Keeper(
+            journal, make_journal, self._record, self._suspend, always_durable=power
+        )
         self._boot = boot
         self._torn = False
         """A checkpoint has failed after some disks had moved on."""
@@ -93,6 +96,8 @@ class Group:
         for disk, kept in zip(self.disks, record.disks, strict=True):
             for layer in kept.emptying:
                 await disk.overlay(layer).make_empty()
+        for disk in self.disks:
+            await disk.flush_all()
         for disk, kept in zip(self.disks, record.disks, strict=True):
             disk.restore(kept)
         await self.keeper.settle(durable=True)
@@ -116,6 +121,7 @@ class Group:
                 await disk.check_start()
             if disks:
                 await self.keeper.begin()
+            await _flush_checkpoint(disks)
             async with self._drained(disks):
                 await self._make_empty(disks, Command.START)
                 for disk in disks:
@@ -128,6 +134,7 @@ class Group:
         """The view becomes the secondary disk as it is now; the standby's writes are dropped."""
         async with self.keeper.turn():
             disks = self._moving(Command.CHECKPOINT)
+            await _flush_checkpoint(disks)  # most of it, before anybody has to wait
             async with self._drained(disks):
                 await self._make_empty(disks, Command.CHECKPOINT)
                 for disk in disks:
@@ -283,18 +290,20 @@ class Group:
         """
         overlays = [(disk, disk.overlay(layer)) for layer in layers for disk in disks]
         try:
+            if command in (Command.START, Command.CHECKPOINT):
+                await _flush_checkpoint(disks)
             async with AsyncExitStack() as stack:
                 clears = []
                 for disk, overlay in overlays:
                     emptying = overlay.emptying(keep_space=command is Command.CHECKPOINT)
-                    with _emptying(disk, overlay):
+                    with _told(disk, f"empty {overlay.name}"):
                         clears.append(await stack.enter_async_context(emptying))
                 intended = [_intended(disk, command, layers, target) for disk in disks]
                 generation = generation or self.generation
                 durable = command is not Command.CHECKPOINT
                 await self.keeper.intend(intended, generation, durable=durable)
                 for (disk, overlay), clear in zip(overlays, clears, strict=True):
-                    with _emptying(disk, overlay):
+                    with _told(disk, f"empty {overlay.name}"):
                         await clear()
                     self._torn = self._torn or len(disks) > 1
                 self._torn = False
@@ -347,12 +356,28 @@ def _intended(
     return record
 
 
+async def _flush_checkpoint(disks: Sequence[StandbyDisk]) -> None:
+    """Make durable what a checkpoint shows, on all disks whose view is to survive a power failure.
+    StateError; then the disk that failed has it as its `error`."""
+
+    async def flush(disk: StandbyDisk) -> None:
+        with _told(disk, f"flush {disk.secondary.name}"):
+            await disk.secondary.flush()
+
+    power = [disk for disk in disks if disk.durability is Durability.POWER]
+    if not power:
+        return
+    for failure in await asyncio.gather(*map(flush, power), return_exceptions=True):
+        if failure is not None:
+            raise failure
+
+
 @contextmanager
-def _emptying(disk: StandbyDisk, overlay: OverlayNode) -> Iterator[None]:
+def _told(disk: StandbyDisk, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        disk.error = f"Failed to empty {overlay.name}: {exc.strerror}"
+        disk.error = f"Failed to {what}: {exc.strerror}"
         raise StateError(disk.error) from exc
 
 

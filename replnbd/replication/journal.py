@@ -1,8 +1,9 @@
 """Journal: what a group is, in a file, so that the next process goes on where the last one ended.
 
-The file has two slots. A record is whole or it is nothing, by its checksum; each goes to the slot
-that does not have the newest one, so that a store that is cut short, by the death of the process
-or of the host, leaves the record before it. Integers are big-endian:
+The file has four slots. A record is whole or it is nothing, by its checksum, and the newest whole
+one counts. Durable records take turns in the slots 0 and 1, all others in 2 and 3. So a store that
+is cut short leaves the record before it, if the process died; and if the host did, the last durable
+one at least. Integers are big-endian:
 
     0    8 bytes   "replnbdJ"
     8    u32       format of the payload: 1
@@ -32,7 +33,8 @@ from replnbd.errors import ImageError
 from replnbd.replication.stage import Stage
 
 SLOT_BYTES = 64 << 10
-"""Room for more than a hundred disks; the file has two of them."""
+"""Room for more than a hundred disks."""
+FILE_BYTES = 4 * SLOT_BYTES
 
 _MAGIC = b"replnbdJ"
 _FORMAT = 1
@@ -60,6 +62,15 @@ class FailoverTarget(StrEnum):
     """Every write of the primary."""
 
 
+class Durability(StrEnum):
+    """What of a view survives."""
+
+    PROCESS = "process"
+    """The death of the process loses nothing; after a power failure the view is lost."""
+    POWER = "power"
+    """A power failure does not lose the view, either."""
+
+
 class FileStamp(msgspec.Struct, forbid_unknown_fields=True, rename="kebab"):
     """What tells whether a file was changed while nobody had it open. Bytes, and nanoseconds."""
 
@@ -73,6 +84,8 @@ class DiskRecord(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_
     name: str
     top_id: str
     size: int
+    durability: Durability = Durability.PROCESS
+    """With which the overlays were written."""
     stage: Stage = Stage.NONE
     promoted: bool = False
     target: FailoverTarget = FailoverTarget.STANDBY
@@ -104,7 +117,8 @@ class Journal:
     def __init__(self, file: BlockNode) -> None:
         self.file = file
         self._sequence = 0
-        self._slot = 1  # that of the newest record
+        self._newest = {True: 1, False: 3}
+        """Which slots have the newest records: a durable one, and one that is not."""
         self._lock = asyncio.Lock()
 
     async def load(self) -> Record | None:
@@ -112,20 +126,25 @@ class Journal:
 
         Raises ImageError if the file is no journal, or damaged, and OSError if it cannot be read.
         """
-        found: list[tuple[int, int, Record]] = []
+        found: list[tuple[int, Record]] = []
         blank = True
-        for slot in (0, 1):
+        newest = dict.fromkeys(self._newest, -1)
+        for slot in range(4):
             head = bytes(await read_bytes(self.file, slot * SLOT_BYTES, _PAYLOAD))
             # The first record goes to the slot 0, and is there before anything depends on it.
             blank = blank and (slot == 0 or not any(head))
             record = await self._decode(slot, head)
             if record is not None:
-                found.append((_HEAD.unpack_from(head)[3], slot, record))
+                sequence = _HEAD.unpack_from(head)[3]
+                found.append((sequence, record))
+                if sequence > newest[slot < 2]:
+                    newest[slot < 2] = sequence
+                    self._newest[slot < 2] = slot
         if not found:
             if blank:
                 return None
             raise ImageError(f"{self._path}: no record in it is whole: the journal is damaged")
-        self._sequence, self._slot, record = max(found, key=lambda each: each[0])
+        self._sequence, record = max(found, key=lambda each: each[0])
         return record
 
     async def write(self, record: Record, *, durable: bool) -> None:
@@ -143,11 +162,12 @@ class Journal:
             self._sequence += 1
             head = _HEAD.pack(_MAGIC, _FORMAT, len(payload), self._sequence)
             data = b"".join((head, _digest(head, payload), payload))
-            slot = 1 - self._slot
-            await self.file.pwrite(slot * SLOT_BYTES, data)
+            slot = self._newest[durable] ^ 1
             if durable:
-                await self.file.flush()
-            self._slot = slot
+                await self.file.pwrite_fua(slot * SLOT_BYTES, data)
+            else:
+                await self.file.pwrite(slot * SLOT_BYTES, data)
+            self._newest[durable] = slot
 
     async def close(self) -> None:
         """Close the file."""

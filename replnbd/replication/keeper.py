@@ -41,7 +41,8 @@ class Keeper:
 
     `journal`: loaded; None while there is nothing to remember, and `begin` makes one. `describe()`
     is the group as it is; `on_suspend(reason)` is called when nobody may be served, and with None
-    when everybody may be again.
+    when everybody may be again. `always_durable`: a view survives power failures; then what says
+    that overlays are being emptied must not be found again once they have something to keep.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class Keeper:
         make_journal: Callable[[], Awaitable[Journal]] | None,
         describe: Callable[[], Record],
         on_suspend: Callable[[str | None], None],
+        *,
+        always_durable: bool = False,
     ) -> None:
         self.suspended: str | None = None
         """Why nobody is served."""
@@ -57,6 +60,7 @@ class Keeper:
         self._make_journal = make_journal or _journal_in_memory
         self._describe = describe
         self._on_suspend = on_suspend
+        self._always_durable = always_durable
         self._lock = asyncio.Lock()
         self._stopped = False
 
@@ -86,7 +90,7 @@ class Keeper:
         intended = {disk.name: disk for disk in disks}
         record.disks = [intended.get(disk.name, disk) for disk in record.disks]
         try:
-            await self._journal.write(record, durable=durable)
+            await self._journal.write(record, durable=durable or self._always_durable)
         except OSError as exc:
             await self.settle()  # it may be there all the same
             raise StateError(f"cannot write the journal: {exc.strerror}") from exc
@@ -94,11 +98,12 @@ class Keeper:
     async def settle(self, *, durable: bool = False) -> None:
         """Record what is. If that fails the group is suspended, until it succeeds.
 
-        After a command this need not be `durable`: what the command intended is, and after a power
-        failure that says as much."""
+        After a command this need not be `durable` (unless all is): what the command intended is,
+        and after a power failure that says as much."""
         if self._journal is None:
             return
         try:
+            durable = durable or self._always_durable
             await self._journal.write(self._describe(), durable=durable)
         except OSError as exc:
             log.error("cannot write the journal: %s", exc.strerror)  # noqa: TRY400

@@ -128,10 +128,6 @@ MISTAKES = {
         DISK + 'hidden = "a\\u0000b"',
         f"{IN_DISK}: key 'hidden': a path cannot have a NUL",
     ),
-    "power": (
-        DISK + 'durability = "power"',
-        f"{IN_DISK}: key 'durability': \"power\" is not available yet",
-    ),
     "primary": (
         "[[disk]]\nname = 'vm0'\nmode = 'primary'",
         f"{IN_DISK}: key 'mode': mode = \"primary\" is not available yet",

@@ -179,7 +179,7 @@ async def test_a_dirty_image_is_repaired_when_opened_for_writing(tmp_path: Path)
 async def test_the_dirty_bit_is_on_disk_while_the_image_is_open(tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", path, "4M")
-    node = await open_qcow2(FileNode.open(path), dirty_bit=True)
+    node = await open_qcow2(FileNode.open(path), power_safe=True)
     await node.pwrite(0, b"x" * 65536)
     await node.flush()
     assert path.read_bytes()[79] & 1

@@ -20,7 +20,7 @@ from replnbd.block import BlockNode, Buffer, MemoryNode, PassThrough, read_bytes
 from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
-from replnbd.qcow2 import check_image, create_qcow2, open_qcow2, read_header
+from replnbd.qcow2 import LastEnd, check_image, create_qcow2, open_qcow2, read_header
 from replnbd.replication import FailoverTarget, Group, Journal, Stage, StandbyDisk
 
 PAGE = 4096
@@ -190,12 +190,14 @@ class Life:
         for number, layout in enumerate(self.layouts):
             secondary: BlockNode = self.machine.file(f"secondary{number}")
             if layout.secondary_format == "qcow2":
-                secondary = await open_qcow2(secondary, dirty_bit=True)
+                secondary = await open_qcow2(secondary, power_safe=True)
             hidden = await open_qcow2(
-                self.machine.file(f"hidden{number}"), backing=secondary, unclean=True
+                self.machine.file(f"hidden{number}"),
+                backing=secondary,
+                last_end=LastEnd.PROCESS_DEATH,
             )
             active = await open_qcow2(
-                self.machine.file(f"active{number}"), backing=hidden, unclean=True
+                self.machine.file(f"active{number}"), backing=hidden, last_end=LastEnd.PROCESS_DEATH
             )
             disks.append(
                 StandbyDisk(

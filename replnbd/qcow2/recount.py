@@ -1,8 +1,8 @@
-"""Leaks, found and given back fast: what the death of a process leaves of an image (law 1).
+"""Refcounts made exact again, fast: what a process, or a host, that died has left of an image.
 
 A check looks at every entry one by one, and tells what is wrong: 5 s for 500,000 clusters in a disk
-of 1 TiB. This asks one question, whether there is anything but leaks, and takes 0.5 s. Where it
-is not sure (snapshots, compressed clusters, any refcount that is too low, ...) the check answers.
+of 1 TiB. This asks one question, whether anything but refcounts is wrong, and takes 0.5 s. Where it
+is not sure (snapshots, compressed clusters, two references to one cluster, ...) the check answers.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ _CLUSTERS_MAX = 1 << 26
 _COPIED_BYTE = b"\x80"  # the first of an entry that has a cluster of its own
 
 
-async def release_leaks(file: BlockNode, header: Header, file_size: int) -> int | None:
-    """Make the refcounts of clusters that nothing refers to 0; returns how many those were. None,
-    and nothing has changed, if that is not all, or not certain. OSError as the file's."""
-    leaks = _Leaks(file, header, file_size)
-    if not leaks.possible or not await leaks.count_references():
+async def recount(
+    file: BlockNode, header: Header, file_size: int, *, only_leaks: bool
+) -> int | None:
+    """Make the refcounts of clusters that nothing refers to 0 and, unless `only_leaks`, those of
+    all others 1; returns how many were wrong. The dirty bit is the caller's to clear.
+
+    None, and nothing has changed, if more is wrong, or it is not certain. OSError as the file's.
+    """
+    counting = _Recount(file, header, file_size)
+    if not counting.possible or not await counting.count_references():
         return None
-    return await leaks.release()
+    return await counting.store(only_leaks=only_leaks)
 
 
-class _Leaks:
+class _Recount:
     def __init__(self, file: BlockNode, header: Header, file_size: int) -> None:
         self._file = file
         self._header = header
@@ -78,11 +83,11 @@ class _Leaks:
                 self._references[cluster] = 1
         return True
 
-    async def release(self) -> int | None:
-        """Compare with the refcounts; store those blocks that count leaks."""
+    async def store(self, *, only_leaks: bool) -> int | None:
+        """Compare with the refcounts; store those blocks that are wrong."""
         entries = self._header.refcount_block_entries
         stores: list[tuple[int, bytes]] = []
-        leaks = 0
+        wrong = 0
         counted = set()
         for first, offset in self._blocks:
             counted.add(first)
@@ -95,16 +100,16 @@ class _Leaks:
             for index in range(entries):
                 refcount = found[2 * index] << 8 | found[2 * index + 1]
                 if refcount != expected[2 * index + 1]:
-                    if expected[2 * index + 1]:
+                    if only_leaks and expected[2 * index + 1]:
                         return None  # too low, or more than one
-                    leaks += 1
+                    wrong += 1
             stores.append((offset, bytes(expected)))
         for first in range(0, self._clusters, entries):
             if first not in counted and any(self._references[first : first + entries]):
                 return None
         for offset, content in stores:
             await self._file.pwrite(offset, content)
-        return leaks
+        return wrong
 
     def _claim(self, offset: int, length: int) -> bool:
         size = self._header.cluster_size

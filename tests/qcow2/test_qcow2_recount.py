@@ -10,8 +10,8 @@ from engine_helpers import SHAPES, Recording, Shape, World, assert_same, copy_of
 
 from replnbd.block import MemoryNode, read_bytes
 from replnbd.errors import ImageError
-from replnbd.qcow2 import check_image, open_qcow2, read_header
-from replnbd.qcow2.leaks import release_leaks
+from replnbd.qcow2 import LastEnd, check_image, open_qcow2, read_header
+from replnbd.qcow2.recount import recount
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ async def agrees_with_the_check(state: MemoryNode) -> int | None:
     """Give the leaks of a state back, in a copy; the check must agree before and after."""
     before = await check_image(copy_of(state), await read_header(state))
     file = copy_of(state)
-    leaks = await release_leaks(file, await read_header(file), file.size)
+    leaks = await recount(file, await read_header(file), file.size, only_leaks=True)
     if leaks is None:
         assert file.data == state.data
         return None
@@ -47,7 +47,7 @@ async def test_what_a_death_leaves_is_given_back(shape: Shape) -> None:
         found += [await agrees_with_the_check(state) for state in states]
         if file.states:
             last = file.states[-1]
-            node = await open_qcow2(last, backing=world.backing, unclean=True)
+            node = await open_qcow2(last, backing=world.backing, last_end=LastEnd.PROCESS_DEATH)
             assert_same(await read_bytes(node, 0, shape.size), content)
             assert (await check_image(last, await read_header(last))).clean
     assert any(found)  # some had leaks
@@ -85,5 +85,5 @@ async def test_snapshots_and_large_files_are_left_to_the_check() -> None:
     shape = SIMPLE[0]
     memory = await make_image(shape)
     header = await read_header(memory)
-    assert await release_leaks(memory, header, memory.size) == 0
-    assert await release_leaks(memory, header, shape.cluster_size << 27) is None
+    assert await recount(memory, header, memory.size, only_leaks=True) == 0
+    assert await recount(memory, header, shape.cluster_size << 27, only_leaks=True) is None
