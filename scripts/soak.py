@@ -2,6 +2,7 @@
 
 deaths    lives of standbys in memory, whose process dies at any operation on any file
 failures  the same, where the operation fails and the process lives on
+power     power failures: daemons whose storage loses what was not synced, in any order, and torn
 kills     kill -9 of a real daemon with two disks, under load and amid checkpoints
 
 After each, all bytes are compared with the model. Every line names the seed that repeats it.
@@ -26,6 +27,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "replication"), str(TESTS / "daemon")]
 
 from crash_world import Life  # noqa: E402
 from kills import Kills  # noqa: E402
+from power_world import PowerLife  # noqa: E402
 
 PER_LIFE = 20
 OPERATIONS = 150  # at most, until the next fault
@@ -55,6 +57,13 @@ async def failures(seed: int) -> int:
     return done
 
 
+def power(seed: int) -> int:
+    """A life with so many power failures."""
+    with tempfile.TemporaryDirectory(prefix="rnbd-", dir="/dev/shm") as name:
+        PowerLife(Path(name), seed).run(PER_LIFE)
+    return PER_LIFE
+
+
 def kills(seed: int) -> int:
     """Ten rounds of kill -9."""
     with tempfile.TemporaryDirectory(prefix="rnbd-", dir="/tmp") as name:
@@ -68,6 +77,7 @@ def kills(seed: int) -> int:
 KINDS: dict[str, Callable[[int], int]] = {
     "deaths": lambda seed: asyncio.run(deaths(seed)),
     "failures": lambda seed: asyncio.run(failures(seed)),
+    "power": power,
     "kills": kills,
 }
 
@@ -86,7 +96,8 @@ def main() -> int:
     """Run as many of each kind as asked for; 1 if one went wrong."""
     parser = argparse.ArgumentParser("scripts/soak", "scripts/soak [options]", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    for kind, count in (("deaths", 10_000), ("failures", 2_000), ("kills", 200)):
+    counts_wanted = {"deaths": 10_000, "failures": 2_000, "power": 10_000, "kills": 200}
+    for kind, count in counts_wanted.items():
         parser.add_argument(f"--{kind}", type=int, default=count, help=f"so many ({count})")
     parser.add_argument("--seed", type=int, help="the first seed (by default, another each time)")
     options = parser.parse_args()

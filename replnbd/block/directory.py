@@ -71,6 +71,12 @@ def rename_file(path: str, name: str) -> None:
         os.fsync(directory)
 
 
+def sync_directory(path: str) -> None:
+    """Make the name of a file durable; OSError."""
+    with _open_directory(path) as directory:
+        os.fsync(directory)
+
+
 def sync_file(path: str) -> None:
     """Make all of a file durable, its time stamps as well; OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -19,6 +19,7 @@ from replnbd.daemon.recovery import (
     open_past,
     set_aside_lost,
     stamp_files,
+    sync_names,
 )
 from replnbd.errors import ConfigError, ControlError, StateError
 from replnbd.events import EventBus
@@ -61,6 +62,7 @@ class Daemon:
         try:
             self._past = await open_past(self.config.disk)
             self.group = Group((), self._past.journal)  # which closes the journal, come what may
+            await sync_names(self._past, self.config.disk)
             await set_aside_lost(self._past, self.config.disk)
             try:
                 await self._past.begin()

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from replnbd.block import FileNode
-from replnbd.block.directory import new_file, rename_file, sync_file
+from replnbd.block.directory import new_file, rename_file, sync_directory, sync_file
 from replnbd.block.threads import run_blocking
 from replnbd.daemon.config import IMAGES, DiskConfig
 from replnbd.errors import ConfigError
@@ -110,6 +110,19 @@ async def open_past(disks: Sequence[DiskConfig]) -> Past:
         await journal.close()
         raise
     return past
+
+
+async def sync_names(past: Past, disks: Sequence[DiskConfig]) -> None:
+    """Make the names of our files durable: who made one may have died just before. ConfigError."""
+    if past.end is LastEnd.ORDERLY:
+        return
+    ours = [past.path, *(getattr(disk, key) for disk in disks for key in _OVERLAYS)]
+    for path in {os.path.dirname(path): path for path in ours if os.path.lexists(path)}.values():
+        try:
+            await run_blocking(sync_directory, path)
+        except OSError as exc:
+            where = os.path.dirname(path)
+            raise ConfigError(f"cannot sync the directory {where}: {exc.strerror}") from exc
 
 
 async def set_aside_lost(past: Past, disks: Sequence[DiskConfig]) -> None:

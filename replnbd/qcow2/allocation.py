@@ -12,8 +12,8 @@ Laws.
    and their refcounts stored with one pwrite each.
 3. What could not be given back because of an I/O error stays in the list, for the next time.
 4. In a power-safe image it is durable that nothing refers to a cluster before it leaves the list.
-   Where clusters are to be `blank`, they read as zeroes, durably, when they are handed out: they
-   are beyond the file's end, or punched and flushed.
+   Where clusters are to be `blank`, they are within the file and read as zeroes, durably, before
+   they are handed out: punched if they have ever been used, and flushed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Allocator:
 
     __slots__ = (
         "_blank",
+        "_blank_end",
         "_can_punch",
         "_leaving",
         "_next",
@@ -57,6 +58,8 @@ class Allocator:
         self.host = host
         self.refcounts = refcounts
         self._blank = blank
+        self._blank_end = host.end
+        """From `HostFile.end` to here, the file is durably there and blank."""
         run = _RUN_BYTES // host.cluster_size
         self._run_clusters = min(max(run, _RUN_CLUSTERS_MIN), _RUN_CLUSTERS_MAX)
         # Clusters from _next to _run_end are ours, with refcount 1 on disk, and in no use.
@@ -132,11 +135,29 @@ class Allocator:
         host = self.host
         bits = host.cluster_bits
         await host.check_target(cluster << bits, count << bits, "newly allocated data")
-        if self._blank and cluster << bits < host.end:
-            await host.file.write_zeroes(cluster << bits, count << bits)
-            await host.order()
+        if self._blank:
+            await self._make_blank(cluster << bits, (cluster + count) << bits)
         await self.refcounts.set_run(cluster, count, 1)
         host.end = max(host.end, (cluster + count) << bits)
+
+    async def _make_blank(self, start: int, end: int) -> None:
+        host = self.host
+        used = start < host.end
+        if used:
+            await host.file.write_zeroes(start, end - start)
+        if end > self._blank_end:
+            # By an eighth more than is needed: a flush each time would be felt.
+            self._blank_end = end + (end >> 3 & -host.cluster_size)
+            await host.file.truncate(self._blank_end)
+        elif not used:
+            return
+        await host.order()
+
+    async def trim(self) -> None:
+        """Cut off what the file has beyond the clusters in use; before it is closed."""
+        if self._blank_end > self.host.end:
+            self._blank_end = self.host.end
+            await self.host.file.truncate(self.host.end)
 
     async def allocate_contiguous(self, count: int) -> int | None:
         """The host offset of `count` clusters in one piece, for a table; under the lock.

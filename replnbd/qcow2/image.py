@@ -186,11 +186,17 @@ class Qcow2Node(OverlayNode):
         try:
             if self._reclaimer is not None:
                 await self._reclaimer.stop()
-                await self.flush()
+                await self.settle()
+                await self._trim()
+                await self.file.flush()
                 await self._host.mark_clean()
         finally:
             self._ranges.release(key)
             await self.file.close()
+
+    async def _trim(self) -> None:
+        if self._image.allocator is not None and not self._host.corrupt:
+            await self._image.allocator.trim()
 
     # Overlay
 

@@ -68,7 +68,7 @@ async def open_qcow2(
     flushed before the entry that shows it (not where there is no backing: new clusters are blank
     there), and the image is marked dirty, durably, while it is open for writing, so that whoever
     opens it after an untimely end (replnbd or QEMU) first rebuilds its refcounts. Version 2 has no
-    such bit: there, `last_end` must tell.
+    such bit: unless `last_end` tells, they are counted each time.
 
     `last_end`: how the last process that wrote the image ended, if that is known. After a death,
     what was leaked is given back; after a power failure, refcounts are rebuilt.
@@ -84,7 +84,9 @@ async def open_qcow2(
         )
     file_size = file.size
     if not read_only:
-        header, file_size = await _prepare_writing(file, path, header, last_end)
+        doubtful = power_safe and header.version < 3 and last_end is None
+        doubtful = doubtful or last_end is LastEnd.POWER_FAILURE
+        header, file_size = await _prepare_writing(file, path, header, doubtful=doubtful)
         if last_end is LastEnd.PROCESS_DEATH:
             await _give_back_leaks(file, path, header, file_size)
     host = HostFile(
@@ -106,9 +108,10 @@ async def open_qcow2(
 
 
 async def _prepare_writing(
-    file: BlockNode, path: str, header: Header, last_end: LastEnd | None
+    file: BlockNode, path: str, header: Header, *, doubtful: bool
 ) -> tuple[Header, int]:
     """Refuse what must not be written to, repair what is dirty, clear unknown autoclear bits.
+    `doubtful`: the refcounts may be wrong even if the image is not dirty.
     Returns the header and the size of the file, which a repair may have changed."""
     file_size = file.size
     if header.corrupt:
@@ -121,8 +124,9 @@ async def _prepare_writing(
             f"{path}: the image has {header.bitmaps.nb_bitmaps} persistent bitmaps, which "
             "writing would make wrong; remove them with: qemu-img bitmap --remove"
         )
-    if header.dirty or last_end is LastEnd.POWER_FAILURE:
+    if header.dirty:
         log.warning("%s: the image was not closed properly: repairing its refcounts", path)
+    if header.dirty or doubtful:
         if await recount(file, header, file_size, only_leaks=False) is None:
             report = await repair_refcounts(file, header)
             file_size = max(file_size, report.image_end_offset)

@@ -216,6 +216,82 @@ async def test_after_a_failed_flush_none_succeeds_any_more(
     await node.close()
 
 
+async def test_flushes_that_come_while_one_runs_share_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each of them begins after the writes that it is to make durable."""
+    fdatasync, order, running = os.fdatasync, [], threading.Event()
+
+    def slow(fd: int) -> None:
+        order.append(("sync", os.pread(fd, 4, 0)))
+        running.wait(10)
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    node = make(tmp_path / "disk", b"old.")
+    first = asyncio.ensure_future(node.flush())
+    while not order:
+        await asyncio.sleep(0.001)
+    await node.pwrite(0, b"new.")
+    later = [asyncio.ensure_future(node.flush()) for _ in range(20)]
+    await asyncio.sleep(0.01)
+    assert not any(flush.done() for flush in [first, *later])
+    later[3].cancel()  # whoever does not want to wait takes nothing from the others
+    running.set()
+    await asyncio.gather(first, *later[:3], *later[4:])
+    assert order == [("sync", b"old."), ("sync", b"new.")]
+    await node.flush()
+    assert len(order) == 3
+    await node.close()
+
+
+async def test_a_file_is_not_closed_under_a_flush_that_nobody_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fdatasync, ended = os.fdatasync, []
+
+    def slow(fd: int) -> None:
+        threading.Event().wait(0.05)
+        fdatasync(fd)  # EBADF if it is closed
+        ended.append(fd)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    node = make(tmp_path / "disk", b"x")
+    flushes = [asyncio.ensure_future(node.flush()) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    flushes.append(asyncio.ensure_future(node.flush()))
+    await asyncio.sleep(0.01)
+    for flush in flushes:
+        flush.cancel()
+    await node.close()
+    assert len(ended) == 2
+
+
+@pytest.mark.parametrize("supported", [True, False])
+async def test_a_durable_write_asks_the_kernel_for_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    pwritev, fdatasync, calls = os.pwritev, os.fdatasync, []
+
+    def recorded(fd: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        calls.append(flags)
+        if not supported:
+            raise OSError(errno.EOPNOTSUPP, "not here")
+        return pwritev(fd, [buffers[0][:3]], offset, flags)  # a short write
+
+    def recorded_sync(fd: int) -> None:
+        calls.append(-1)
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "pwritev", recorded)
+    monkeypatch.setattr(os, "fdatasync", recorded_sync)
+    node = make(directory / "disk", b"0123456789")
+    await node.pwrite_fua(2, b"abcdefg")
+    assert await read_bytes(node, 0, 10) == b"01abcdefg9"
+    assert calls == ([os.RWF_DSYNC] * 3 if supported else [os.RWF_DSYNC, -1])
+    await node.close()
+
+
 async def test_zeroing_past_the_end_never_cuts_off_what_is_written_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

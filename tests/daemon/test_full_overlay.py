@@ -17,7 +17,7 @@ STEP = 4096
 @pytest.fixture
 def small(setup: Setup) -> Iterator[Setup]:
     """A disk whose overlays are on a file system of 512 KiB."""
-    with tmpfs(setup.folder, pages=128):
+    with tmpfs(setup.folder, pages=160):
         setup.table["hidden"] = "disk/d.hidden"
         setup.table["active"] = "disk/d.active"
         yield setup

@@ -9,7 +9,7 @@ import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from daemon_support import SIZE, Running, Setup, pattern, tmpfs
@@ -30,7 +30,7 @@ from replnbd.block import FileNode
 from replnbd.daemon import daemon as daemon_module
 from replnbd.daemon import recovery
 from replnbd.replication import Journal
-from replnbd.replication.journal import SLOT_BYTES
+from replnbd.replication.journal import FILE_BYTES
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -366,8 +366,9 @@ def test_disks_may_change_their_order_and_be_added_where_nothing_runs(short_dir:
 # Section: power failures, and journals that fail
 
 
-def disk_of(setup: Setup) -> DiskConfig:
+def disk_of(setup: Setup, durability: Literal["process", "power"] = "process") -> DiskConfig:
     return DiskConfig(
+        durability=durability,
         name="d", mode="secondary", top_id="d-top", secondary=str(setup.path("secondary")),
         hidden=str(setup.path("hidden")), active=str(setup.path("active")),
     )  # fmt: skip
@@ -463,8 +464,83 @@ async def test_a_disk_that_was_done_survives_a_power_failure(
         assert await read_bytes(standby.node("d"), 0, SIZE) == pattern(1)
 
 
+async def test_a_view_with_durability_power_survives_a_power_failure(
+    setup: Setup, reboot: Callable[[], None]
+) -> None:
+    """(What is on the disk then is the matter of test_power.py: here nothing is lost of it.)"""
+    setup.table["durability"] = "power"
+    with setup.serve() as running:
+        running.start()
+        running.connect("d").pwrite(0, b"before")
+        running.checkpoint()
+        assert running.disk()["durability"] == "power"
+        running.connect("d").pwrite(0, b"behind")
+        running.connect("d-top").pwrite(100_000, b"standby")
+        running.process.kill()
+    reboot()
+    async with Standby([disk_of(setup, "power")]) as standby:
+        status = standby.status()
+        assert status["recovered-from"] == "power failure"
+        disk = status["disks"][0]
+        assert (disk["stage"], disk["view-lost"], disk["error"]) == ("running", None, None)
+        view = b"before" + pattern(1)[6:100_000] + b"standby" + pattern(1)[100_007:]
+        assert await read_bytes(standby.node("d"), 0, SIZE) == view
+        assert await read_bytes(standby.node("d", "primary"), 0, 6) == b"behind"
+        await standby.failover()
+    assert setup.path("secondary").read_bytes() == view
+    for key in ("hidden", "active"):
+        qemu_img("check", "-q", "-f", "qcow2", setup.path(key))
+
+
+@pytest.mark.parametrize("before", ["process", "power"])
+async def test_how_a_view_was_written_counts_and_not_the_present_configuration(
+    setup: Setup, reboot: Callable[[], None], before: Literal["process", "power"]
+) -> None:
+    setup.table["durability"] = before
+    await lost_power(setup)
+    reboot()
+    after: Literal["process", "power"] = "process" if before == "power" else "power"
+    async with Standby([disk_of(setup, after)]) as standby:
+        disk = standby.status()["disks"][0]
+        assert disk["durability"] == after
+        assert (disk["view-lost"] is None) == (before == "power")
+
+
+async def test_an_overlay_that_a_surviving_view_needs_is_missed(
+    setup: Setup, reboot: Callable[[], None]
+) -> None:
+    setup.table["durability"] = "power"
+    await lost_power(setup)
+    reboot()
+    setup.path("hidden").unlink()
+    with pytest.raises(ConfigError, match="is missing, and 'd' is in stage 'running'"):
+        async with Standby([disk_of(setup, "power")]):
+            pass
+
+
+async def test_a_start_after_a_power_failure_that_dies_leaves_a_power_failure(
+    setup: Setup, reboot: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only once all is in order the page cache can be trusted again."""
+    setup.table["durability"] = "power"
+    await lost_power(setup)
+    reboot()
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon_module, "open_disk", refuse_to_open)
+        with pytest.raises(ConfigError, match="not today"):
+            async with Standby([disk_of(setup, "power")]):
+                pass
+    for end in ("power failure", "orderly end"):
+        async with Standby([disk_of(setup, "power")]) as standby:
+            assert standby.status()["recovered-from"] == end
+
+
+async def refuse_to_open(*_: object) -> None:
+    raise ConfigError("not today")
+
+
 async def test_a_journal_that_cannot_be_made_refuses_the_start(setup: Setup) -> None:
-    with tmpfs(setup.folder, pages=2 * SLOT_BYTES // 4096 // 2) as place:
+    with tmpfs(setup.folder, pages=FILE_BYTES // 4096 // 2) as place:
         setup.table["hidden"] = "disk/d.hidden"
         async with Standby([disk_of(setup)]) as standby:
             with pytest.raises(ConfigError, match=r"^cannot create .*journal: No space left"):

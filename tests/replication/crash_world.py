@@ -21,7 +21,7 @@ from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
 from replnbd.qcow2 import LastEnd, check_image, create_qcow2, open_qcow2, read_header
-from replnbd.replication import FailoverTarget, Group, Journal, Stage, StandbyDisk
+from replnbd.replication import Durability, FailoverTarget, Group, Journal, Stage, StandbyDisk
 
 PAGE = 4096
 SIZE = 200 * 1024 + 512
@@ -194,15 +194,19 @@ class Life:
             hidden = await open_qcow2(
                 self.machine.file(f"hidden{number}"),
                 backing=secondary,
+                power_safe=layout.durability is Durability.POWER,
                 last_end=LastEnd.PROCESS_DEATH,
             )
             active = await open_qcow2(
-                self.machine.file(f"active{number}"), backing=hidden, last_end=LastEnd.PROCESS_DEATH
+                self.machine.file(f"active{number}"),
+                backing=hidden,
+                power_safe=layout.durability is Durability.POWER,
+                last_end=LastEnd.PROCESS_DEATH,
             )
             disks.append(
                 StandbyDisk(
                     f"d{number}", f"top{number}", secondary=secondary, hidden=hidden,
-                    active=active, bus=bus, jobs=jobs,
+                    active=active, durability=layout.durability, bus=bus, jobs=jobs,
                 )
             )  # fmt: skip
         journal = Journal(self.machine.file("journal"))

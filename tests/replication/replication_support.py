@@ -11,7 +11,7 @@ from replnbd.events import EventBus
 from replnbd.filters import DelayNode, FaultNode
 from replnbd.jobs import JobRegistry
 from replnbd.qcow2 import create_qcow2, open_qcow2
-from replnbd.replication import StandbyDisk
+from replnbd.replication import Durability, StandbyDisk
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Layout:
     secondary_format: str = "raw"
     cluster_size: int = 65536
     extended_l2: bool = True
+    durability: Durability = Durability.PROCESS
     suspends: bool = False
 
     @classmethod
@@ -33,6 +34,7 @@ class Layout:
             secondary_format=rng.choice(["raw", "qcow2"]),
             cluster_size=cluster_size,
             extended_l2=cluster_size >= 16384 and rng.random() < 0.6,
+            durability=rng.choice(list(Durability)),
             suspends=rng.random() < 0.5,
         )
 
@@ -70,13 +72,14 @@ async def build(
     below: Sequence[BlockNode] = slow if layout.suspends else faults
     secondary = below[0]
     if layout.secondary_format == "qcow2":
-        secondary = await open_qcow2(below[0], name=f"{name}-secondary")
+        secondary = await open_qcow2(below[0], name=f"{name}-secondary", power_safe=True)
     if content:
         await secondary.pwrite(0, content)
-    hidden = await open_qcow2(below[1], backing=secondary, name=f"{name}-hidden")
-    active = await open_qcow2(below[2], backing=hidden, name=f"{name}-active")
+    power = layout.durability is Durability.POWER
+    hidden = await open_qcow2(below[1], backing=secondary, name=f"{name}-hidden", power_safe=power)
+    active = await open_qcow2(below[2], backing=hidden, name=f"{name}-active", power_safe=power)
     disk = StandbyDisk(
         name, f"{name}-top", secondary=secondary, hidden=hidden, active=active,
-        bus=bus, jobs=jobs,
+        durability=layout.durability, bus=bus, jobs=jobs,
     )  # fmt: skip
     return Built(disk, faults[0], (faults[1], faults[2]), files)

@@ -84,6 +84,24 @@ async def test_a_store_that_is_cut_short_leaves_the_record_before_it(count: int)
         assert await loaded(torn) == (new if cut == first else old)
 
 
+async def test_records_that_are_not_durable_leave_the_last_durable_one() -> None:
+    """A power failure may have torn every one of them."""
+    file = await written(3)
+    journal = Journal(file)
+    await journal.load()
+    durable = bytes(file.data)
+    for number in range(10, 15):
+        await journal.write(record(number), durable=False)
+        assert await loaded(file.data) == record(number)
+    torn = bytearray(file.data)
+    for slot in (2, 3):
+        torn[slot * SLOT_BYTES + 40] ^= 1
+    assert await loaded(torn) == record(2)
+    assert bytes(file.data[: len(durable)]) == durable
+    await journal.write(record(20), durable=True)
+    assert await loaded(file.data) == record(20)
+
+
 async def test_the_first_record_can_be_cut_short_as_well() -> None:
     whole = bytes((await written(1)).data)
     for cut in range(len(whole)):
