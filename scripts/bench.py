@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import bench_bars
 import bench_cells
+import bench_durability
 import bench_events
 import bench_report
 import bench_scale
@@ -72,6 +73,11 @@ EVENTS = {
         "from exec until a client is greeted, after kill -9 with scattered clusters in 1 TiB",
         bench_scale.recovery,
         bench_bars.of_recovery,
+    ),
+    "durability": Event(
+        'durability "power" beside "process"',
+        bench_durability.durability,
+        lambda _: (),
     ),
     "scale": Event(
         f"replnbd's cost of a request, {bench_cells.SMALL} on each connection",

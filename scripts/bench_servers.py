@@ -220,6 +220,7 @@ class Replnbd(Standby):
     """`replnbd serve`; `disks` more than one are small, and idle."""
 
     name = "replnbd"
+    durability = "process"
 
     def __init__(self, directory: Path, size: int, *, tcp: bool = False, disks: int = 1) -> None:
         self.disks = disks
@@ -245,6 +246,7 @@ class Replnbd(Standby):
             secondary = "disk{suffix}.raw"
             hidden = "hidden{suffix}.qcow2"
             active = "active{suffix}.qcow2"
+            durability = "{self.durability}"
             """
         config = self.directory / "replnbd.toml"
         config.write_text(text)
@@ -253,6 +255,13 @@ class Replnbd(Standby):
     def committed(self) -> bool:
         disks = self.client.execute("x-replnbd-status")["disks"]
         return all(disk["stage"] == "done" for disk in disks)
+
+
+class ReplnbdPower(Replnbd):
+    """The same, with a view that survives a power failure."""
+
+    name = "replnbd-power"
+    durability = "power"
 
 
 class Qemu(Standby):

@@ -68,6 +68,16 @@ def test_a_plain_export_is_measured_next_to_other_servers(tmp_path: Path) -> Non
 
 @pytest.mark.interop
 @pytest.mark.slow
+def test_the_durabilities_are_measured_side_by_side(tmp_path: Path) -> None:
+    done = bench(*SMALL, "--section", "durability", "--json", "-", directory=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["what"]: row for row in json.loads(done.stdout)["durability"]}
+    assert {"primary first touch 4k@32", "checkpoint after nothing"} <= set(rows)
+    assert all(row["process"] > 0 and row["power"] > 0 for row in rows.values())
+
+
+@pytest.mark.interop
+@pytest.mark.slow
 @pytest.mark.parametrize(("section", "figure"), [("start", "start s"), ("failover", "committed s")])
 def test_events_are_measured_on_both_servers(tmp_path: Path, section: str, figure: str) -> None:
     options = [*SMALL, "--quick", "--section", section, "--json", "-"]
