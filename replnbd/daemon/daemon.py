@@ -255,17 +255,26 @@ class Daemon:
     async def _close_disks(self) -> None:
         """With what the next process needs to know that all is in order."""
         try:
-            await self.group.close()
+            in_order = False
             try:
-                if self._opened:
-                    await self.group.keeper.stop(await stamp_files(self.config.disk))
-                elif self._past is not None:
-                    await self._past.give_up(self.config.disk)
-            except OSError as exc:
-                # The next process then looks at it as if this one had died.
-                log.warning("cannot record the orderly end: %s", exc.strerror)
+                await self.group.close()
+                in_order = True
+            finally:
+                await self._record_end(in_order=in_order)
         finally:
             await self.group.keeper.close()
+
+    async def _record_end(self, *, in_order: bool) -> None:
+        try:
+            if self._opened:
+                await self.group.keeper.end(
+                    await stamp_files(self.config.disk) if in_order else None
+                )
+            elif in_order and self._past is not None:
+                await self._past.give_up(self.config.disk)
+        except OSError as exc:
+            # The next process then looks at it as if this one had died.
+            log.warning("cannot record the orderly end: %s", exc.strerror)
 
     def _export_disk(self, disk: StandbyDisk) -> None:
         disk.on_fence = self._fence

@@ -343,9 +343,9 @@ class StandbyDisk:
                 # The overlays flush as they close; a raw disk has nothing of its own to write.
                 await self.secondary.flush()
         except OSError as exc:
-            text = f"disk '{self.name}' could not be flushed at its end: {exc.strerror}"
-            log.error("%s", text)  # noqa: TRY400
-            raise OSError(exc.errno, text) from exc
+            self.error = f"disk '{self.name}' could not be flushed at its end: {exc.strerror}"
+            log.error("%s", self.error)  # noqa: TRY400
+            raise OSError(exc.errno, self.error) from exc
 
     def _set_stage(self, stage: Stage) -> None:
         previous, self.stage = self.stage, stage

@@ -232,7 +232,7 @@ class Group:
     async def close(self) -> None:
         """An orderly end: jobs stop, everything is flushed and closed. No exports any more.
         OSError if a disk could not be flushed; all others are closed well even then."""
-        await self.keeper.stop()
+        self.keeper.stop()
         async with self.keeper.turn():
             self._closed = True
             for disk in self.disks:

@@ -117,10 +117,14 @@ class Keeper:
         """The same, in a turn of its own: for what is no command, and does no harm twice."""
         keep_task(self._settle_in_turn())
 
-    async def stop(self, files: dict[str, FileStamp] | None = None) -> None:
-        """Record nothing more on our own; `files`: an orderly end, which left them so. OSError."""
+    def stop(self) -> None:
+        """Record nothing more on our own."""
         self._stopped = True
-        if files is not None and self._journal is not None:
+
+    async def end(self, files: dict[str, FileStamp] | None) -> None:
+        """The last record. `files`: how an orderly end has left them; None: there is no trusting
+        them, and the disks' errors say why. OSError."""
+        if self._journal is not None:
             record = msgspec.structs.replace(self._describe(), files=files)
             await self._journal.write(record, durable=True)
 

@@ -144,13 +144,21 @@ class Storage:
         self.process_ends()
         self.boots += 1
         names = self.rng.choice(self._names)
+        times = {}
         for path in self.folder.iterdir():
             if path.name in self._names[-1]:
+                status = path.stat()
+                times[status.st_ino] = (status.st_atime_ns, status.st_mtime_ns)
                 path.unlink()
-        contents = {name: medium.draw(self.rng) for name, medium in names.items()}
+        inodes = {id(medium): inode for inode, medium in self._media.items()}
+        found = {
+            name: (medium.draw(self.rng), inodes[id(medium)]) for name, medium in names.items()
+        }
         self._media, self._names = {}, [{}]
-        for name, content in contents.items():
+        for name, (content, inode) in found.items():
             self.add(name, content)
+            if inode in times:
+                os.utime(self.folder / name, ns=times[inode])
 
     # Section: system calls
 

@@ -221,8 +221,15 @@ def one_fault(folder: Path, place: tuple[str, str], cause: str, told: int, durab
         running.process.terminate()
         ended = running.process.wait()
         assert (ended == 0) == (not lost), running.log
-    if not lost:
-        for disk in (0, 1):
+    for disk in (0, 1):
+        if lost and disk == 0:
+            # It is not forgotten.
+            with running.setup.serve() as again:
+                assert "'a' could not be flushed at its end" in again.disk()["error"]
+                assert again.disk(1)["error"] is None
+                again.checkpoint()
+                assert again.disk()["error"] is None
+        else:
             check_overlays(running.setup, disk)
     found = running.setup.path("secondary").read_bytes()
     assert not a.model.is_wrong("primary", found)
