@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -53,6 +54,10 @@ def serve(config: Path, log_level: str) -> None:
 @click.option("--hidden", help="Hidden overlay, made when missing.  [default: DISK.hidden.qcow2]")
 @click.option("--active", help="Active overlay, made when missing.  [default: DISK.active.qcow2]")
 @click.option(
+    "--durability", type=click.Choice(["process", "power"]), default="process", show_default=True,
+    help="power: the view survives a power failure, too.",
+)  # fmt: skip
+@click.option(
     "--listen", multiple=True, metavar="URI", default=[DEFAULT_LISTEN], show_default=True,
     help="NBD URI to listen on; may be repeated.",
 )  # fmt: skip
@@ -66,6 +71,7 @@ def secondary(
     image_format: str | None,
     hidden: str | None,
     active: str | None,
+    durability: Literal["process", "power"],
     listen: tuple[str, ...],
     control: str | None,
     start: bool,
@@ -84,6 +90,7 @@ def secondary(
         format=image_format,  # type: ignore[arg-type]
         hidden=hidden,
         active=active,
+        durability=durability,
     )
     server = ServerConfig(listen=list(listen), control=control or default_control())
     config = check_config(Config(server=server, disk=[table]), Path(os.getcwd()))

@@ -322,7 +322,7 @@ def test_secondary_takes_names_and_places_from_its_options(short_dir: Path) -> N
     (short_dir / "vm0.img").write_bytes(content(1))
     options = {
         "--name": "colo0", "--top-id": "top0", "--format": "raw", "--hidden": "h", "--active": "a",
-        "--control": "qmp",
+        "--control": "qmp", "--durability": "power",
     }  # fmt: skip
     argv = [*REPLNBD, "secondary", "vm0.img", *(word for pair in options.items() for word in pair)]
     argv += ["--listen", "nbd+unix:///?socket=nbd", "--listen", "nbd://127.0.0.1:0"]
@@ -330,8 +330,8 @@ def test_secondary_takes_names_and_places_from_its_options(short_dir: Path) -> N
         process.reach(lambda: NbdClient(short_dir / "nbd", "colo0").close())
         done = run_replnbd("status", "--json", "--control", "qmp", cwd=short_dir)
         status = json.loads(done.stdout)
-        assert [(d["name"], d["top-id"], d["stage"]) for d in status["disks"]] == [
-            ("colo0", "top0", "none")
+        assert [(d["name"], d["top-id"], d["durability"]) for d in status["disks"]] == [
+            ("colo0", "top0", "power")
         ]
         uri = status["listen"][1]
         assert uri.startswith("nbd://127.0.0.1:")

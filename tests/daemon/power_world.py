@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import random
 from collections.abc import Coroutine
 from contextlib import ExitStack, suppress
@@ -230,6 +231,9 @@ class PowerLife:
                 for (module, name), value in self._tuning.items():
                     stack.enter_context(mock.patch.object(module, name, value))
                 asyncio.run(self._process(found))
+                # What is left of the process must not come to its end within the next one.
+                del self.daemon
+                gc.collect()
             if end == "power":
                 self.storage.power_fails()
                 failures -= 1
@@ -452,9 +456,13 @@ class PowerLife:
                 model.secondary.go_on(secondary, durable=found != "kill")
             if view is not None:
                 assert model.view is not None
-                if any(write.side == "primary" for write in model.view.writes):
-                    model.checkpoint = view  # it was cut short, and has happened
-                model.view.go_on(view, durable=found != "kill")
+                # A checkpoint was cut short, and has happened: it is whole.
+                amid = model.stage == "running" and any(
+                    write.side == "primary" for write in model.view.writes
+                )
+                if amid:
+                    model.checkpoint = view
+                model.view.go_on(view, durable=amid or found != "kill")
                 self.kept += power
             if disk.lost is not None:
                 model.view = None
