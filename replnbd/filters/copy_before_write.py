@@ -88,9 +88,10 @@ class CopyBeforeWrite(PassThrough):
         mask = self._mask
         position = offset & ~mask
         end = min((offset + length + mask) & ~mask, self.size)
-        for doubtful_start, doubtful_end in self._doubtful:
-            if position < doubtful_end and doubtful_start < end:
-                await self.target.flush()  # fails for ever if it has failed on that file
+        if any(position < there and here < end for here, there in self._doubtful):
+            doubtful = self._doubtful
+            await self.target.flush()  # fails for ever if it has failed on that file
+            self._doubtful = [each for each in self._doubtful if each not in doubtful]
         allocated_in_target = self.target.allocated
         while position < end:
             allocated, count = await allocated_in_target(position, end - position)
@@ -99,7 +100,16 @@ class CopyBeforeWrite(PassThrough):
                     await self.target.copy_up(position, count)
                 except OSError:
                     if self.target.power_safe:
-                        self._doubtful.append((position, position + count))
+                        await self._doubt(position, position + count)
                     raise
                 self.bytes_copied += count
             position += count
+
+    async def _doubt(self, start: int, end: int) -> None:
+        """Of a range that could not be saved, a part may be allocated all the same."""
+        position, allocated = start, False
+        while position < end and not allocated:
+            allocated, count = await self.target.allocated(position, end - position)
+            position += count
+        if allocated:
+            self._doubtful = [*self._doubtful, (start, end)]

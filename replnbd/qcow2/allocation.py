@@ -43,6 +43,7 @@ class Allocator:
         "_blank_end",
         "_can_punch",
         "_leaving",
+        "_longer",
         "_next",
         "_run_clusters",
         "_run_end",
@@ -60,6 +61,8 @@ class Allocator:
         self._blank = blank
         self._blank_end = host.end
         """From `HostFile.end` to here, the file is durably there and blank."""
+        self._longer = False
+        """We have made it so long: it is no block device, and may be cut."""
         run = _RUN_BYTES // host.cluster_size
         self._run_clusters = min(max(run, _RUN_CLUSTERS_MIN), _RUN_CLUSTERS_MAX)
         # Clusters from _next to _run_end are ours, with refcount 1 on disk, and in no use.
@@ -147,15 +150,17 @@ class Allocator:
             await host.file.write_zeroes(start, end - start)
         if end > self._blank_end:
             # By an eighth more than is needed: a flush each time would be felt.
-            self._blank_end = end + (end >> 3 & -host.cluster_size)
-            await host.file.truncate(self._blank_end)
+            longer = end + (end >> 3 & -host.cluster_size)
+            await host.file.truncate(longer)
+            self._blank_end = longer
+            self._longer = True
         elif not used:
             return
         await host.order()
 
     async def trim(self) -> None:
         """Cut off what the file has beyond the clusters in use; before it is closed."""
-        if self._blank_end > self.host.end:
+        if self._longer and self._blank_end > self.host.end:
             self._blank_end = self.host.end
             await self.host.file.truncate(self.host.end)
 

@@ -14,6 +14,7 @@ from replication_support import Built, Layout, build
 from replnbd.block import read_bytes
 from replnbd.errors import StateError
 from replnbd.events import EventBus
+from replnbd.filters import CopyBeforeWrite
 from replnbd.jobs import JobRegistry
 from replnbd.replication import Durability, Group, Stage
 
@@ -61,6 +62,39 @@ async def test_a_hidden_overlay_that_cannot_be_flushed_keeps_the_disk_as_it_is()
     assert await read_bytes(built.disk.secondary, 0, SIZE) == disk
     await group.checkpoint()
     assert await read_bytes(standby, 0, SIZE) == disk
+    await group.close()
+
+
+async def test_what_was_saved_of_a_write_that_failed_is_flushed_before_it_counts() -> None:
+    """Two clusters: the first one is saved, and the second one finds no room."""
+    group, built, content = await running()
+    primary, hidden = built.disk.primary, built.overlay_faults[0]
+    copy = primary.target
+    assert isinstance(copy, CopyBeforeWrite)
+    await primary.pwrite(3 * 65536, b"x" * 4096)  # so that they are no neighbours
+    await primary.pwrite(65536 + 4096, b"y" * 4096)
+    disk = bytearray(await read_bytes(built.disk.secondary, 0, SIZE))
+    hidden.fail("pwrite", errno.ENOSPC, skip=2)  # data and entry of the first one
+    with pytest.raises(OSError, match="injected"):
+        await primary.pwrite(0, b"z" * 2 * 65536)
+    hidden.heal()
+    assert copy._doubtful == [(0, 65536 + 4096)]
+    hidden.fail("flush")
+    with pytest.raises(OSError, match="injected"):
+        await primary.pwrite(0, b"w" * 512)
+    hidden.heal()
+    for _ in range(50):  # where nothing is saved, nothing is in doubt
+        hidden.fail("pwrite", errno.ENOSPC)
+        with pytest.raises(OSError, match="injected"):
+            await primary.pwrite(10 * 65536, b"z" * 4096)
+        hidden.heal()
+    assert len(copy._doubtful) == 1
+    assert await read_bytes(built.disk.secondary, 0, SIZE) == disk
+    await primary.pwrite(0, b"z" * 2 * 65536)
+    assert copy._doubtful == []
+    disk[: 2 * 65536] = b"z" * 2 * 65536
+    assert await read_bytes(built.disk.secondary, 0, SIZE) == disk
+    assert await read_bytes(built.disk.standby, 0, SIZE) == content
     await group.close()
 
 
