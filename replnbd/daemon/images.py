@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from replnbd.errors import ConfigError, ImageUnsupportedError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
 from replnbd.qcow2 import LastEnd, Qcow2Node, create_image, open_qcow2
-from replnbd.replication import Durability, StandbyDisk
+from replnbd.replication import Durability, Layer, StandbyDisk
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,10 @@ async def open_disk(
             hidden=hidden,
             active=active,
             durability=Durability(config.durability),
+            identities={
+                Layer.HIDDEN: hidden.header.identity,
+                Layer.ACTIVE: active.header.identity,
+            },
             bus=bus,
             jobs=jobs,
         )
@@ -125,7 +130,13 @@ async def _open_overlay(
     path = getattr(config, key)
     if not os.path.lexists(path):
         recorded = _relative(backing_path, path)
-        await create_image(path, backing.size, backing_file=recorded, backing_format=backing_format)
+        await create_image(
+            path,
+            backing.size,
+            backing_file=recorded,
+            backing_format=backing_format,
+            identity=secrets.token_bytes(16),
+        )
         created.append(path)
         log.info("created %s over %s (%d bytes)", path, recorded, backing.size)
     overlay = await open_image(

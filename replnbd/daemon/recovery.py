@@ -26,7 +26,7 @@ from replnbd.block.directory import new_file, rename_file, sync_directory, sync_
 from replnbd.block.threads import run_blocking
 from replnbd.daemon.config import IMAGES, DiskConfig
 from replnbd.errors import ConfigError
-from replnbd.qcow2 import LastEnd
+from replnbd.qcow2 import LastEnd, read_header
 from replnbd.replication import DiskRecord, Durability, FileStamp, Journal, Record, Stage
 from replnbd.replication.journal import FILE_BYTES
 
@@ -106,6 +106,7 @@ async def open_past(disks: Sequence[DiskConfig]) -> Past:
         if record is not None:
             _match(past, record, disks)
             _check_files(past, record, disks)
+            await _check_overlays(past, record, disks)
     except BaseException:
         await journal.close()
         raise
@@ -225,6 +226,26 @@ def _check_files(past: Past, record: Record, disks: Sequence[DiskConfig]) -> Non
                 raise ConfigError(
                     f"{path} has changed since the last replnbd ended, and with it the view of"
                     f" '{disk.name}': put it back as it was, or {_begin_anew(past.path)}"
+                )
+
+
+async def _check_overlays(past: Past, record: Record, disks: Sequence[DiskConfig]) -> None:
+    """ConfigError if an overlay is another one than it was: after a death, no time stamp tells."""
+    for disk, kept in zip(disks, record.disks, strict=True):
+        for layer, identity in (kept.overlays or {}).items() if _has_view(kept) else ():
+            path = getattr(disk, layer.value)
+            if kept.lost is not None or not os.path.lexists(path):
+                continue  # see _check_files
+            file = FileNode.open(path, read_only=True, lock=False)
+            try:
+                found = (await read_header(file)).identity
+            finally:
+                await file.close()
+            if found != identity:
+                raise ConfigError(
+                    f"{path} is not the overlay that '{disk.name}' had when the last replnbd ended"
+                    f" in stage '{kept.stage.value}': put that one back, or"
+                    f" {_begin_anew(past.path)}"
                 )
 
 

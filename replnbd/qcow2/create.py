@@ -24,6 +24,7 @@ from replnbd.qcow2.format import (
     CLUSTER_BITS_MIN,
     CLUSTER_BITS_MIN_EXTENDED_L2,
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_IDENTITY,
     INCOMPATIBLE_EXTENDED_L2,
     L1_BYTES_MAX,
     REFCOUNT_TABLE_BYTES_MAX,
@@ -53,18 +54,23 @@ async def create_qcow2(
     backing_format: str | None = None,
     version: int = 3,
     refcount_bits: int = 16,
+    identity: bytes = b"",
 ) -> None:
     """Make `file`, whatever it holds, an empty image of `size` bytes; durable on return.
 
     `extended_l2`: 32 subclusters per cluster; None: where the version and the cluster size allow
     it. `backing_file` is recorded, not opened, and needs `backing_format` beside it, because a
-    format that is guessed from content lets a guest choose it (CVE-2008-2004).
+    format that is guessed from content lets a guest choose it (CVE-2008-2004). `identity`: up to
+    32 bytes that no other image has (`Header.identity`).
 
     Raises ConfigError naming the argument that is out of range, or OSError.
     """
     header = _plan(
         size, cluster_size, extended_l2, backing_file, backing_format, version, refcount_bits
     )
+    if identity:
+        extension = HeaderExtension(EXTENSION_IDENTITY, identity)
+        header = replace(header, extensions=(*header.extensions, extension))
     end = header.l1_table_offset + header.l1_size * 8
     end = -(-end // cluster_size) * cluster_size
     first = _header_bytes(header, path_of(file), end)
@@ -86,6 +92,7 @@ async def create_image(
     backing_format: str | None = None,
     version: int = 3,
     refcount_bits: int = 16,
+    identity: bytes = b"",
 ) -> None:
     """Create an image file, mode 0600. It appears under its name complete and durable; where the
     file system has no nameless files, it appears first and is completed then.
@@ -103,6 +110,7 @@ async def create_image(
             backing_format=backing_format,
             version=version,
             refcount_bits=refcount_bits,
+            identity=identity,
         )
 
 

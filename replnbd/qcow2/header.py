@@ -43,6 +43,11 @@ EXTENSION_FEATURE_NAMES = 0x6803F857
 EXTENSION_BITMAPS = 0x23852875
 EXTENSION_ENCRYPTION = 0x0537BE77
 EXTENSION_DATA_FILE = 0x44415441
+EXTENSION_IDENTITY = 0x72706E62
+"""replnbd's own ("rpnb"), of the overlays that it makes; others keep it, and need not know it."""
+
+IDENTITY_SIZE_MAX = 32
+"""Bytes; a longer one is cut, because it goes into a journal of limited size."""
 
 EXTENSION_NAMES = {
     EXTENSION_BACKING_FORMAT: "backing file format name",
@@ -260,6 +265,12 @@ class Header:
             return None
         raw = BITMAPS.parse(data)
         return BitmapsExtension(raw.nb_bitmaps, raw.directory_size, raw.directory_offset)
+
+    @property
+    def identity(self) -> str:
+        """What no other image has, in hexadecimal; "" if who made this one gave it none."""
+        data = self.extension(EXTENSION_IDENTITY)
+        return "" if data is None else data[:IDENTITY_SIZE_MAX].hex()
 
     def extension(self, type_: int) -> bytes | None:
         """The data of the first extension of that type."""

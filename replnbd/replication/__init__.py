@@ -26,6 +26,7 @@ from replnbd.replication.journal import (
     FailoverTarget,
     FileStamp,
     Journal,
+    Layer,
     Record,
 )
 from replnbd.replication.nodes import GateNode
@@ -40,6 +41,7 @@ __all__ = [
     "GateNode",
     "Group",
     "Journal",
+    "Layer",
     "Record",
     "Stage",
     "StandbyDisk",

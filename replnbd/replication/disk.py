@@ -59,6 +59,7 @@ class StandbyDisk:
         hidden: OverlayNode,
         active: OverlayNode,
         durability: Durability = Durability.PROCESS,
+        identities: dict[Layer, str] | None = None,
         bus: EventBus,
         jobs: JobRegistry,
     ) -> None:
@@ -69,6 +70,8 @@ class StandbyDisk:
         self.active = active
         self.durability = durability
         """POWER if both overlays are `power_safe`."""
+        self.identities = identities
+        """Of the overlays: who goes on must find the same ones."""
         self.stage = Stage.NONE
         self.promoted = False
         """After a failover: the standby's disk is the disk, and NAME is fenced."""
@@ -151,6 +154,7 @@ class StandbyDisk:
             top_id=self.top_id,
             size=self.secondary.size,
             durability=self.durability,
+            overlays=self.identities,
             stage=self.stage,
             promoted=self.promoted,
             target=self.target,

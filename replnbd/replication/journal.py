@@ -86,6 +86,8 @@ class DiskRecord(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_
     size: int
     durability: Durability = Durability.PROCESS
     """With which the overlays were written."""
+    overlays: dict[Layer, str] | None = None
+    """Their identities (Header.identity)."""
     stage: Stage = Stage.NONE
     promoted: bool = False
     target: FailoverTarget = FailoverTarget.STANDBY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import random
@@ -29,7 +30,7 @@ from replnbd import ConfigError, DiskConfig, ImageError, Standby, StateError, re
 from replnbd.block import FileNode
 from replnbd.daemon import daemon as daemon_module
 from replnbd.daemon import recovery
-from replnbd.replication import Journal
+from replnbd.replication import Journal, Stage
 from replnbd.replication.journal import FILE_BYTES
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -395,8 +396,18 @@ async def lost_power(setup: Setup, *commands: str) -> None:
         running.connect("d").pwrite(0, b"new")
         for command in commands:
             getattr(running, command)()
-            wait_until(lambda: running.disk()["stage"] != "failover", "the end of a commit")
+            while await recorded_stage(setup) is Stage.FAILOVER:
+                await asyncio.sleep(0.01)
         running.process.kill()
+
+
+async def recorded_stage(setup: Setup) -> Stage:
+    """What a power failure would leave."""
+    journal = Journal(FileNode.open(setup.folder / "d.hidden.journal", read_only=True, lock=False))
+    record = await journal.load()
+    await journal.close()
+    assert record is not None
+    return record.disks[0].stage
 
 
 async def forget_the_end(setup: Setup) -> None:
@@ -504,6 +515,31 @@ async def test_how_a_view_was_written_counts_and_not_the_present_configuration(
         disk = standby.status()["disks"][0]
         assert disk["durability"] == after
         assert (disk["view-lost"] is None) == (before == "power")
+
+
+@pytest.mark.parametrize("layer", ["hidden", "active"])
+def test_an_overlay_of_another_run_is_refused(short_dir: Path, layer: str) -> None:
+    """After a death no time stamp tells: it has an identity of its own."""
+    setups = []
+    for name in ("one", "two"):
+        folder = short_dir / name / "x"
+        folder.mkdir(parents=True)
+        setups.append(Setup(folder))
+        with setups[-1].serve() as running:
+            running.start()
+            running.connect("d").pwrite(0, name.encode())
+            running.process.kill()
+    one, two = setups
+    mine = one.path(layer).read_bytes()
+    one.path(layer).write_bytes(two.path(layer).read_bytes())
+    done = run_replnbd("serve", str(one.config))
+    text = refusal(done)
+    assert f"{one.path(layer)} is not the overlay that 'd' had" in text
+    assert "to begin anew, with a full synchronisation, remove" in text
+    one.path(layer).write_bytes(mine)
+    with one.serve() as running:
+        assert running.connect("d-top").pread(0, SIZE) == pattern(1)
+        in_order(running)
 
 
 async def test_an_overlay_that_a_surviving_view_needs_is_missed(
