@@ -213,8 +213,7 @@ def _check_files(past: Past, record: Record, disks: Sequence[DiskConfig]) -> Non
             try:
                 found = _stamp(path)
             except FileNotFoundError:
-                gone = past.end is LastEnd.POWER_FAILURE and kept.durability is Durability.PROCESS
-                if key in _OVERLAYS and (kept.lost is not None or gone):
+                if key in _OVERLAYS and _is_lost(past, kept):
                     continue  # set aside by a start that did not get further
                 raise ConfigError(
                     f"{path} is missing, and '{disk.name}' is in stage '{kept.stage.value}':"
@@ -234,8 +233,8 @@ async def _check_overlays(past: Past, record: Record, disks: Sequence[DiskConfig
     for disk, kept in zip(disks, record.disks, strict=True):
         for layer, identity in (kept.overlays or {}).items() if _has_view(kept) else ():
             path = getattr(disk, layer.value)
-            if kept.lost is not None or not os.path.lexists(path):
-                continue  # see _check_files
+            if _is_lost(past, kept):
+                continue  # they may be anything
             file = FileNode.open(path, read_only=True, lock=False)
             try:
                 found = (await read_header(file)).identity
@@ -247,6 +246,12 @@ async def _check_overlays(past: Past, record: Record, disks: Sequence[DiskConfig
                     f" in stage '{kept.stage.value}': put that one back, or"
                     f" {_begin_anew(past.path)}"
                 )
+
+
+def _is_lost(past: Past, record: DiskRecord) -> bool:
+    """Whether the overlays were not to survive what happened, or have not survived before."""
+    power_failure = past.end is LastEnd.POWER_FAILURE
+    return record.lost is not None or (power_failure and record.durability is Durability.PROCESS)
 
 
 def _has_view(record: DiskRecord) -> bool:
