@@ -67,8 +67,8 @@ class CopyBeforeWrite(PassThrough):
         await self.file.discard(offset, length)
 
     async def flush(self) -> None:
-        # The old data need not be durable: a checkpoint view does not outlive a power failure
-        # (durability "process"). But whoever looks at the image after a flush finds it in order.
+        # The old data is durable already, if its target is power-safe, and else need not be. But
+        # whoever looks at the image after a flush finds it in order.
         try:
             await self.target.settle()
         except OSError as exc:

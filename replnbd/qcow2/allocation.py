@@ -145,18 +145,17 @@ class Allocator:
 
     async def _make_blank(self, start: int, end: int) -> None:
         host = self.host
-        used = start < host.end
+        used, missing = start < host.end, end > self._blank_end
         if used:
             await host.file.write_zeroes(start, end - start)
-        if end > self._blank_end:
+        if missing:
             # By an eighth more than is needed: a flush each time would be felt.
             longer = end + (end >> 3 & -host.cluster_size)
             await host.file.truncate(longer)
             self._blank_end = longer
             self._longer = True
-        elif not used:
-            return
-        await host.order()
+        if used or missing:
+            await host.order()
 
     async def trim(self) -> None:
         """Cut off what the file has beyond the clusters in use; before it is closed."""
@@ -256,7 +255,8 @@ class Allocator:
                 raise
             self.hint = min(self.hint, first)
             if (first + count) << self.host.cluster_bits == self.host.end:
-                self.host.end = first << self.host.cluster_bits  # untouched, and blank
+                # The next run may begin here, and if it is to be blank, it is.
+                self.host.end = first << self.host.cluster_bits
 
     async def _holes(self) -> list[tuple[int, int]]:
         """The runs among those that leave which nothing else refers to."""

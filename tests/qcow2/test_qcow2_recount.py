@@ -34,6 +34,16 @@ async def agrees_with_the_check(state: MemoryNode) -> int | None:
     return leaks
 
 
+async def used_image(shape: Shape, seed: int) -> tuple[MemoryNode, World]:
+    """One that was written to, and flushed."""
+    memory = await make_image(shape)
+    world = await World.create(memory, shape.size, seed, backing=shape.backing)
+    for _ in range(15):
+        await world.step()
+    await world.node.flush()
+    return memory, world
+
+
 @pytest.mark.parametrize("shape", SIMPLE[::2], ids=str)
 async def test_what_a_death_leaves_is_given_back(shape: Shape) -> None:
     file = Recording(await make_image(shape))
@@ -60,11 +70,7 @@ async def test_anything_worse_than_a_leak_is_left_to_the_check(shape: Shape, see
     """Bits of the metadata flipped at random."""
     print("seed", seed)
     rng = random.Random(seed)
-    memory = await make_image(shape)
-    world = await World.create(memory, shape.size, seed, backing=shape.backing)
-    for _ in range(15):
-        await world.step()
-    await world.node.flush()
+    memory, world = await used_image(shape, seed)
     host = world.node._host
     places = sorted(host.metadata)
     refused = 0
@@ -97,11 +103,7 @@ async def test_refcounts_that_a_power_failure_left_wrong_are_made_exact(
     """Any of them, too low or too high; the content stays what it is."""
     print("seed", seed)
     rng = random.Random(seed)
-    file = await make_image(shape)
-    world = await World.create(file, shape.size, seed, backing=shape.backing)
-    for _ in range(10):
-        await world.step()
-    await world.node.flush()
+    file, world = await used_image(shape, seed)
     content = bytes(world.model)
     refcounts = world.node._image.allocator.refcounts  # type: ignore[union-attr]
     state = copy_of(file)
@@ -113,7 +115,7 @@ async def test_refcounts_that_a_power_failure_left_wrong_are_made_exact(
     before = await check_image(copy_of(state), header)
     wrong = await recount(state, header, state.size, only_leaks=False)
     assert wrong
-    assert (before.corruptions > 0) or wrong <= before.leaks
+    assert not before.clean
     assert (await check_image(state, header)).clean
     assert await recount(state, header, state.size, only_leaks=False) == 0
     node = await open_qcow2(state, backing=world.backing)
