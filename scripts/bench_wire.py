@@ -13,6 +13,7 @@ import sys
 from replnbd.nbd import (
     REQUEST_SIZE,
     SIMPLE_REPLY_SIZE,
+    ClientIdentity,
     ExportOffer,
     Handshake,
     pack_simple_reply_into,
@@ -32,11 +33,11 @@ class Anything:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def offers(self) -> list[ExportOffer]:
+    def offers(self, client: ClientIdentity) -> list[ExportOffer]:
         """None to list."""
         return []
 
-    def offer(self, name: str) -> ExportOffer:
+    def offer(self, name: str, client: ClientIdentity) -> ExportOffer:
         """What was asked for."""
         return ExportOffer(name, "", self.size, FLAGS)
 

@@ -1,13 +1,14 @@
 """The NBD protocol without I/O: bytes in, bytes and decisions out.
 
-The source is proto.md of the NBD project; quoted sentences are its. What is here: the server's
-side of fixed newstyle option haggling, and the pieces of the transmission phase (request header,
-simple reply, which request is valid, which errno becomes which error). What will join it:
-structured replies, metadata contexts, TLS, the client's side.
+The source is proto.md of the NBD project, and for extended headers its branch extension-ext-header;
+quoted sentences are theirs. What is here: the server's side of fixed newstyle option haggling, and
+the pieces of the transmission phase (requests, the three shapes of replies, which request is valid,
+which errno becomes which error). What will join it: the client's side.
 
 Words. *Handshake*: everything before the transmission phase. *Option haggling*: the client's
 options and our replies. *Export*: a named disk; what the handshake knows of one is an
-`ExportOffer`. *Cookie*: the client's name for a request, which we hand back. *Command flags* and
+`ExportOffer`. *Metadata context*: a kind of block status, by name and, once selected, by id.
+*Cookie*: the client's name for a request, which we hand back. *Command flags* and
 *transmission flags*: per request, and per connection.
 
 Laws.
@@ -20,29 +21,62 @@ Laws.
    in 0.2 µs. The transmission phase works on plain ints.
 """
 
+from replnbd.nbd.directory import ClientIdentity, ExportDirectory, ExportOffer, TlsMode
 from replnbd.nbd.errors import wire_error
-from replnbd.nbd.handshake import ExportDirectory, ExportOffer, Handshake, Outcome
-from replnbd.nbd.transmission import (
-    REQUEST_SIZE,
+from replnbd.nbd.handshake import Handshake, Outcome
+from replnbd.nbd.metadata import (
+    BASE_ALLOCATION,
+    DIRTY,
+    QEMU_ALLOCATION_DEPTH,
+    QEMU_DIRTY_BITMAP,
+)
+from replnbd.nbd.replies import (
+    EXTENDED_REPLIES,
+    SIMPLE_REPLIES,
     SIMPLE_REPLY_SIZE,
-    pack_request,
-    pack_simple_reply,
+    STRUCTURED_REPLIES,
+    Descriptor,
+    Replies,
     pack_simple_reply_into,
+)
+from replnbd.nbd.transmission import (
+    EXTENDED_REQUEST_SIZE,
+    REQUEST_SIZE,
+    Request,
+    pack_request,
+    parse_status_payload,
+    unpack_extended_request,
     unpack_request,
 )
-from replnbd.nbd.validate import request_error
+from replnbd.nbd.validate import NothingAllowed, Refusal, RequestRules
 
 __all__ = [
+    "BASE_ALLOCATION",
+    "DIRTY",
+    "EXTENDED_REPLIES",
+    "EXTENDED_REQUEST_SIZE",
+    "QEMU_ALLOCATION_DEPTH",
+    "QEMU_DIRTY_BITMAP",
     "REQUEST_SIZE",
+    "SIMPLE_REPLIES",
     "SIMPLE_REPLY_SIZE",
+    "STRUCTURED_REPLIES",
+    "ClientIdentity",
+    "Descriptor",
     "ExportDirectory",
     "ExportOffer",
     "Handshake",
+    "NothingAllowed",
     "Outcome",
+    "Refusal",
+    "Replies",
+    "Request",
+    "RequestRules",
+    "TlsMode",
     "pack_request",
-    "pack_simple_reply",
     "pack_simple_reply_into",
-    "request_error",
+    "parse_status_payload",
+    "unpack_extended_request",
     "unpack_request",
     "wire_error",
 ]

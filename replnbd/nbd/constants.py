@@ -13,7 +13,10 @@ MAGIC_INIT = b"NBDMAGIC"
 MAGIC_OPTION = b"IHAVEOPT"
 MAGIC_OPTION_REPLY = 0x0003E889045565A9
 REQUEST_MAGIC = 0x25609513
+EXTENDED_REQUEST_MAGIC = 0x21E41C71
 SIMPLE_REPLY_MAGIC = 0x67446698
+STRUCTURED_REPLY_MAGIC = 0x668E33EF
+EXTENDED_REPLY_MAGIC = 0x6E8A278C
 
 # Limits
 
@@ -26,6 +29,9 @@ OPTIONS_MAX = 32
 OPTION_BYTES_MAX = 32 << 20
 """Of one option's data (QEMU's bound); beyond it the peer is out of step or out for harm. Within
 it, data that we do not need is dropped as it arrives."""
+
+QUERIES_MAX = 256
+"""Queries of one LIST_META_CONTEXT or SET_META_CONTEXT; ERR_TOO_BIG beyond."""
 
 BLOCK_SIZE_MIN = 1
 BLOCK_SIZE_PREFERRED = 4096
@@ -134,6 +140,31 @@ class CommandFlag(IntFlag):
     PAYLOAD_LEN = 1 << 5
 
 
+class ReplyFlag(IntFlag):
+    """Flags of a reply chunk (proto.md, "Structured reply flags")."""
+
+    DONE = 1 << 0
+
+
+class ReplyType(IntEnum):
+    """What a reply chunk carries (proto.md, "Structured reply types")."""
+
+    NONE = 0
+    OFFSET_DATA = 1
+    OFFSET_HOLE = 2
+    BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
+    ERROR = (1 << 15) + 1
+    ERROR_OFFSET = (1 << 15) + 2
+
+
+class AllocationState(IntFlag):
+    """Status flags of the context base:allocation (proto.md, "`base:allocation`")."""
+
+    HOLE = 1 << 0
+    ZERO = 1 << 1
+
+
 class WireError(IntEnum):
     """Errors a client can be told (proto.md, "Error values")."""
 
@@ -154,15 +185,30 @@ CMD_WRITE = int(Command.WRITE)
 CMD_DISC = int(Command.DISC)
 CMD_FLUSH = int(Command.FLUSH)
 CMD_TRIM = int(Command.TRIM)
+CMD_CACHE = int(Command.CACHE)
 CMD_WRITE_ZEROES = int(Command.WRITE_ZEROES)
+CMD_BLOCK_STATUS = int(Command.BLOCK_STATUS)
 
 CMD_FLAG_FUA = int(CommandFlag.FUA)
 CMD_FLAG_NO_HOLE = int(CommandFlag.NO_HOLE)
+CMD_FLAG_DF = int(CommandFlag.DF)
+CMD_FLAG_REQ_ONE = int(CommandFlag.REQ_ONE)
 CMD_FLAG_FAST_ZERO = int(CommandFlag.FAST_ZERO)
+CMD_FLAG_PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
 
 FLAG_READ_ONLY = int(TransmissionFlag.READ_ONLY)
 FLAG_SEND_FUA = int(TransmissionFlag.SEND_FUA)
+FLAG_SEND_DF = int(TransmissionFlag.SEND_DF)
+FLAG_CAN_MULTI_CONN = int(TransmissionFlag.CAN_MULTI_CONN)
 FLAG_SEND_FAST_ZERO = int(TransmissionFlag.SEND_FAST_ZERO)
+FLAG_BLOCK_STATUS_PAYLOAD = int(TransmissionFlag.BLOCK_STATUS_PAYLOAD)
+
+REPLY_FLAG_DONE = int(ReplyFlag.DONE)
+REPLY_TYPE_NONE = int(ReplyType.NONE)
+REPLY_TYPE_OFFSET_DATA = int(ReplyType.OFFSET_DATA)
+REPLY_TYPE_OFFSET_HOLE = int(ReplyType.OFFSET_HOLE)
+REPLY_TYPE_ERROR = int(ReplyType.ERROR)
+REPLY_TYPE_ERROR_OFFSET = int(ReplyType.ERROR_OFFSET)
 
 EPERM = int(WireError.EPERM)
 EIO = int(WireError.EIO)

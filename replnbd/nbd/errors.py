@@ -7,7 +7,8 @@ import errno
 from replnbd.nbd import constants as c
 
 # "It also SHOULD map the EDQUOT and EFBIG errors to NBD_ENOSPC." What refuses a writer is EPERM.
-# NBD_EOVERFLOW has no use here: it "SHOULD NOT" be sent but for an unfragmented structured read.
+# NBD_EOVERFLOW has no use here: it "SHOULD NOT" be sent but for an unfragmented structured read,
+# and those go up to the largest payload.
 _WIRE_ERRORS: dict[int, int] = {
     errno.EPERM: c.EPERM,
     errno.EACCES: c.EPERM,

@@ -68,6 +68,14 @@ INFO_BLOCK_SIZE = Struct(
     "maximum" / Int32ub,
 )
 EXPORT_NAME_REPLY = Struct("size" / Int64ub, "flags" / Int16ub)
+META_CONTEXT_REQUEST = Struct(
+    "name_length" / Int32ub,
+    "name" / Bytes(this.name_length),
+    "count" / Int32ub,
+    "queries" / GreedyBytes,  # a count that was made up must not make a loop
+)
+META_CONTEXT_QUERY = Struct("length" / Int32ub, "query" / Bytes(this.length))
+META_CONTEXT_REPLY = Struct("id" / Int32ub, "name" / GreedyBytes)
 
 assert GREETING.sizeof() == 18
 assert OPTION_HEADER.sizeof() == 16
@@ -80,6 +88,9 @@ OPTION_HEADER_SIZE = 16
 INFO_REQUEST_BYTES_MAX = 4 + c.NAME_BYTES_MAX + 2 + 2 * 0xFFFF
 """What INFO or GO can take at most; more cannot be valid, and is never buffered."""
 
+META_CONTEXT_BYTES_MAX = 128 << 10
+"""Of LIST_META_CONTEXT and SET_META_CONTEXT: 30 queries of the longest kind; ERR_TOO_BIG beyond."""
+
 
 @dataclass(frozen=True, slots=True)
 class InfoRequest:
@@ -87,6 +98,14 @@ class InfoRequest:
 
     name: str
     requests: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class MetaContextRequest:
+    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
+
+    name: str
+    queries: tuple[str, ...]
 
 
 def parse_option_header(header: bytes) -> tuple[int, int]:
@@ -110,6 +129,38 @@ def parse_info_request(payload: bytes) -> InfoRequest | str:
     if name is None:
         return f"the export name is longer than {c.NAME_BYTES_MAX} bytes, or not UTF-8"
     return InfoRequest(name, frozenset(struct.unpack(f">{fields.count}H", fields.requests)))
+
+
+def parse_meta_context_request(payload: bytes) -> MetaContextRequest | str:
+    """The request, or why it is invalid. At most QUERIES_MAX queries are looked at: the caller
+    refuses a request that has more."""
+    try:
+        fields = META_CONTEXT_REQUEST.parse(payload)
+    except ConstructError:
+        return "the lengths in it do not fit the option's length"
+    name = decode_name(fields.name)
+    if name is None:
+        return f"the export name is longer than {c.NAME_BYTES_MAX} bytes, or not UTF-8"
+    rest = fields.queries
+    queries = []
+    for _ in range(min(fields.count, c.QUERIES_MAX + 1)):
+        try:
+            item = META_CONTEXT_QUERY.parse(rest)
+        except ConstructError:
+            return "the lengths in it do not fit the option's length"
+        query = decode_name(item.query)
+        if query is None or ":" not in query:
+            return f"a query is longer than {c.NAME_BYTES_MAX} bytes, not UTF-8, or has no colon"
+        queries.append(query)
+        rest = rest[4 + item.length :]
+    if rest and fields.count <= c.QUERIES_MAX:
+        return "there are bytes behind its last query"
+    return MetaContextRequest(name, tuple(queries))
+
+
+def meta_context(number: int, name: str) -> bytes:
+    """The payload of a META_CONTEXT reply."""
+    return bytes(META_CONTEXT_REPLY.build({"id": number, "name": name.encode()}))
 
 
 def decode_name(name: bytes) -> str | None:

@@ -1,40 +1,68 @@
-"""The transmission phase's messages: request header and simple reply.
+"""The transmission phase's requests, as they lie on the wire.
 
-Request (28 bytes, big-endian)              Simple reply (16 bytes, then a READ's bytes)
-    0  u32  magic 0x25609513                    0  u32  magic 0x67446698
-    4  u16  command flags                       4  u32  error, 0 for success
-    6  u16  type                                8  u64  cookie
-    8  u64  cookie
-   16  u64  offset
-   24  u32  length (of a WRITE: so many bytes follow)
+Compact request (28 bytes, big-endian)      Extended request (32 bytes)
+    0  u32  magic 0x25609513                    0  u32  magic 0x21e41c71
+    4  u16  command flags                       4  u16  command flags
+    6  u16  type                                6  u16  type
+    8  u64  cookie                              8  u64  cookie
+   16  u64  offset                             16  u64  offset
+   24  u32  length                             24  u64  length
+
+Of a compact WRITE, `length` bytes follow; of an extended request with PAYLOAD_LEN, whatever its
+type. All other lengths are *effect lengths*: how much of the export the request is about.
 """
 
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
-from replnbd.nbd.constants import REQUEST_MAGIC, SIMPLE_REPLY_MAGIC
+from replnbd.nbd import constants as c
 
 _REQUEST = struct.Struct(">IHHQQI")
-_SIMPLE_REPLY = struct.Struct(">IIQ")
+_EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
+_STATUS_PAYLOAD_LENGTH = struct.Struct(">Q")
 
 REQUEST_SIZE = _REQUEST.size
-SIMPLE_REPLY_SIZE = _SIMPLE_REPLY.size
+EXTENDED_REQUEST_SIZE = _EXTENDED_REQUEST.size
 assert REQUEST_SIZE == 28
-assert SIMPLE_REPLY_SIZE == 16
+assert EXTENDED_REQUEST_SIZE == 32
 
 unpack_request = _REQUEST.unpack_from
 """`(buffer, position) -> (magic, flags, type, cookie, offset, length)`; bound, for speed."""
 
-pack_simple_reply_into = _SIMPLE_REPLY.pack_into
-"""`(buffer, offset, SIMPLE_REPLY_MAGIC, error, cookie)`."""
+unpack_extended_request = _EXTENDED_REQUEST.unpack_from
+"""The same of an extended request."""
 
 
-def pack_simple_reply(error: int, cookie: int) -> bytes:
-    """A reply that stands alone: an error, or success without payload."""
-    return _SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
+class Request(NamedTuple):
+    """A request, where it has to be kept. `length`: in bytes, of the payload if there is one."""
+
+    flags: int
+    command: int
+    cookie: int
+    offset: int
+    length: int
 
 
-def pack_request(flags: int, command: int, cookie: int, offset: int, length: int) -> bytes:
+def pack_request(
+    flags: int, command: int, cookie: int, offset: int, length: int, *, extended: bool = False
+) -> bytes:
     """A request's header, as a client sends it."""
-    return _REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
+    if extended:
+        return _EXTENDED_REQUEST.pack(
+            c.EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length
+        )
+    return _REQUEST.pack(c.REQUEST_MAGIC, flags, command, cookie, offset, length)
+
+
+def parse_status_payload(payload: bytes | bytearray | memoryview) -> tuple[int, list[int]] | None:
+    """(effect length, context ids) of a BLOCK_STATUS with PAYLOAD_LEN; None if its size is wrong.
+
+    "The payload form MUST occupy 8 + n*4 bytes".
+    """
+    count, rest = divmod(len(payload) - _STATUS_PAYLOAD_LENGTH.size, 4)
+    if count < 1 or rest:
+        return None
+    (length,) = _STATUS_PAYLOAD_LENGTH.unpack_from(payload)
+    return length, list(struct.unpack_from(f">{count}I", payload, _STATUS_PAYLOAD_LENGTH.size))

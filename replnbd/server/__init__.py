@@ -14,8 +14,8 @@ arrived, because the peer does not read, too much is in flight, or the connectio
 
 The life of a request, a 4 KiB WRITE of the primary while replication runs:
 
-    Connection.buffer_updated      the bytes are in the Inbox; `_run` is one batch, and `_parse` is
-        ._parse                    its loop: unpack, check, and ask the export's node
+    Connection.buffer_updated      the bytes are in the Inbox; `_run` is one batch, and
+      Requests.parse               its loop: unpack, check, and ask the export's node
       GateNode.pwrite_nowait       nobody has the range, so no lock is taken (replication/nodes.py)
       CopyBeforeWrite.pwrite_nowait        old data first (filters/copy_before_write.py):
         Qcow2Node.copy_up_nowait           is it saved? else read it, and (qcow2/image.py)
@@ -24,9 +24,11 @@ The life of a request, a 4 KiB WRITE of the primary while replication runs:
     Outbox                         the reply is packed; one write sends those of the batch
     BusyPoll                       a short look for the next request, then the loop sleeps
 
-Any of these may answer False, "not without waiting": then `_parse` starts the coroutine `pwrite` of
+Any of these may answer False, "not without waiting": then `parse` starts the coroutine `pwrite` of
 the same nodes, which can do everything. It is driven eagerly (resume.py), and most often still
-ends there; if it suspends, a task carries it on (operations.py), and `_completed` answers it.
+ends there; if it suspends, a task carries it on (operations.py). What is more than a plain READ or
+WRITE always goes that way (requests.py, `_uncommon`), and is answered through Answers. What a reply
+looks like (simple, structured, extended) was negotiated: `replnbd.nbd.Replies`.
 
 Laws.
 1. One batch, one `write`. No task, future, log line or copy for a request that does not suspend.

@@ -7,14 +7,16 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from replnbd.block import BlockNode
 from replnbd.errors import ConfigError
 from replnbd.events import EventBus
-from replnbd.nbd import ExportOffer, wire_error
+from replnbd.nbd import ExportOffer, Refusal, Request, wire_error
 from replnbd.nbd import constants as c
+from replnbd.server.contexts import DirtyBitmap, contexts_of
 
 if TYPE_CHECKING:
     from replnbd.server.connection import Connection
@@ -31,12 +33,15 @@ _READ_ONLY_FLAGS = int(
     | c.TransmissionFlag.SEND_FUA
     # Nothing is cached per connection: a flush on one covers what was answered on all.
     | c.TransmissionFlag.CAN_MULTI_CONN
+    | c.TransmissionFlag.SEND_CACHE
 )
 _WRITABLE_FLAGS = (_READ_ONLY_FLAGS & ~c.FLAG_READ_ONLY) | int(
     c.TransmissionFlag.SEND_TRIM
     | c.TransmissionFlag.SEND_WRITE_ZEROES
     | c.TransmissionFlag.SEND_FAST_ZERO
 )
+
+_READS = frozenset((c.CMD_READ, c.CMD_CACHE, c.CMD_BLOCK_STATUS))
 
 
 @dataclass(slots=True)
@@ -63,7 +68,7 @@ class ExportStats:
             self.bytes_written += length
         elif command == c.CMD_FLUSH:
             self.flushes += operations
-        else:
+        elif command in (c.CMD_TRIM, c.CMD_WRITE_ZEROES):
             self.zeroes += operations
             self.bytes_zeroed += length
 
@@ -72,9 +77,17 @@ class Export:
     """A disk on offer. `node` may be replaced at any time; requests then go to the new one."""
 
     def __init__(
-        self, name: str, node: BlockNode, description: str = "", writable: bool = True
+        self,
+        name: str,
+        node: BlockNode,
+        description: str = "",
+        writable: bool = True,
+        *,
+        bitmaps: Mapping[str, DirtyBitmap] | None = None,
     ) -> None:
-        """Raises ConfigError for a name or description that the protocol cannot carry."""
+        """`bitmaps`: by name, what the metadata contexts qemu:dirty-bitmap:NAME answer.
+
+        Raises ConfigError for a name or description that the protocol cannot carry."""
         for what, text in (("name", name), ("description", description)):
             if len(text.encode()) > c.NAME_BYTES_MAX:
                 raise ConfigError(f"export {what} {text[:40]!r}... is too long")
@@ -86,6 +99,8 @@ class Export:
         self.writable = writable
         self.refusal: str | None = None
         """Why clients are refused (set by NbdServer.fence); None while they are welcome."""
+        self.contexts = contexts_of(bitmaps or {})
+        """Metadata contexts by name, in the order of LIST_META_CONTEXT."""
         self.stats = ExportStats()
         self.connections: set[Connection] = set()
         self._errors_logged: dict[int, float] = {}
@@ -98,37 +113,47 @@ class Export:
     def offer(self) -> ExportOffer:
         """The export as the handshake shows it."""
         return ExportOffer(
-            self.name, self.description, self.node.size, self.transmission_flags, self.refusal
+            self.name,
+            self.description,
+            self.node.size,
+            self.transmission_flags,
+            self.refusal,
+            contexts=tuple(self.contexts),
         )
 
-    def failed(self, failure: BaseException, command: int, flags: int, bus: EventBus) -> int:
-        """An operation raised `failure`: tell log and bus, and return the error for the client."""
+    def failed(self, failure: BaseException, request: Request, bus: EventBus) -> Refusal:
+        """An operation raised `failure`: tell log and bus, and return what the client is told."""
+        name = c.command_name(request.command)
         if isinstance(failure, OSError):
-            return self._failed_in_order(failure, command, flags, bus)
+            return self._failed_in_order(failure, name, request, bus)
         self.stats.errors += 1
         if isinstance(failure, asyncio.CancelledError):
-            return c.ESHUTDOWN  # only an ending loop cancels operations
+            # Only an ending loop cancels operations.
+            return Refusal(c.ESHUTDOWN, f"{name}: the server is shutting down")
         # A bug of ours: the client gets an answer, the log the truth.
-        name, node = c.command_name(command), self.node.name
-        log.error("export %s: %s: bug in node %s", self.name, name, node, exc_info=failure)
-        return c.EIO
+        log.error(
+            "export %s: %s: bug in node %s", self.name, name, self.node.name, exc_info=failure
+        )
+        return Refusal(c.EIO, f"{name} failed: a bug in the server, see its log")
 
-    def _failed_in_order(self, error: OSError, command: int, flags: int, bus: EventBus) -> int:
+    def _failed_in_order(
+        self, error: OSError, command: str, request: Request, bus: EventBus
+    ) -> Refusal:
         """One log line per burst, and BLOCK_IO_ERROR as QEMU sends it (qapi/block-core.json) for
         an error that is reported to the client."""
-        wire = wire_error(error, flags)
-        if wire == c.ENOTSUP:
-            return wire  # the answer to FAST_ZERO, no failure
-        self.stats.errors += 1
         cause = error.errno or errno.EIO
         reason = error.strerror or str(error) or os.strerror(cause)
+        refusal = Refusal(wire_error(error, request.flags), f"{command} failed: {reason}")
+        if refusal.error == c.ENOTSUP:
+            return refusal  # the answer to FAST_ZERO, no failure
+        self.stats.errors += 1
         now = time.monotonic()
         if now - self._errors_logged.get(cause, -ERROR_LOG_INTERVAL_S) >= ERROR_LOG_INTERVAL_S:
             self._errors_logged[cause] = now
             log.warning(
                 "export %s: %s failed: %s (more like it within %.0f s are not logged)",
                 self.name,
-                c.command_name(command),
+                command,
                 error,
                 ERROR_LOG_INTERVAL_S,
             )
@@ -136,9 +161,9 @@ class Export:
             "BLOCK_IO_ERROR",
             device=self.name,
             node_name=self.node.name,
-            operation="read" if command == c.CMD_READ else "write",
+            operation="read" if request.command in _READS else "write",
             action="report",
-            nospace=wire == c.ENOSPC,
+            nospace=refusal.error == c.ENOSPC,
             reason=reason,
         )
-        return wire
+        return refusal

@@ -46,3 +46,11 @@ POLL_SKIPS_MAX = 63
 
 LINGER_S = 10.0
 """How long the peer has to read its last replies and to hang up."""
+
+FAREWELL_S = 0.1
+"""How long requests are answered by ESHUTDOWN, once an export is gone or the server stops: who has
+requests on their way learns the reason, and does not just see its connection end."""
+
+CACHE_CHUNK = 1 << 20
+CACHE_BYTES_MAX = c.PAYLOAD_BYTES_MAX
+"""Of one CACHE request: no more than a READ could ask for."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import cast
 
 from replnbd.errors import ProtocolError
-from replnbd.nbd import ExportDirectory, ExportOffer, Handshake
+from replnbd.nbd import ExportDirectory, Handshake, Outcome
 from replnbd.server.limits import UNIX_SEND_BUFFER
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Negotiation(asyncio.BufferedProtocol):
         self,
         directory: ExportDirectory,
         serial: int,
-        on_chosen: Callable[[Negotiation, ExportOffer], None],
+        on_chosen: Callable[[Negotiation, Outcome], None],
         on_closed: Callable[[Negotiation], None],
         *,
         timeout_s: float = HANDSHAKE_TIMEOUT_S,
@@ -112,7 +112,7 @@ class Negotiation(asyncio.BufferedProtocol):
         else:
             self._deadline.cancel()
             self._read_if(True)
-            self._on_chosen(self, outcome.export)
+            self._on_chosen(self, outcome)
 
     def _read_if(self, wanted: bool) -> None:
         """Read from the client only while it reads from us."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from replnbd.errors import StateError
 from replnbd.events import EventBus
-from replnbd.nbd import ExportOffer
+from replnbd.nbd import ClientIdentity, ExportOffer, Outcome
 from replnbd.server.connection import Connection, State
 from replnbd.server.export import Export
 from replnbd.server.listener import BoundSocket, bind_uri
@@ -87,18 +87,18 @@ class NbdServer:
         if mode == "safe" and export.connections:
             raise StateError(f"export '{name}' still in use")
         del self._exports[name]
-        await self._disconnect(export)
+        await self._disconnect(export, f"export '{name}' was removed")
 
     def fence(self, name: str, reason: str) -> Coroutine[Any, Any, None]:
         """Refuse an export to everyone until `unfence`: new clients are told `reason`, present
-        ones are disconnected.
+        ones are answered by ESHUTDOWN, and disconnected.
 
         At once: when this call returns, no operation of its clients begins any more. Await the
         result for those in flight to end; last replies may be on their way even then.
         """
         export = self._find(name)
         export.refusal = reason
-        return self._disconnect(export)
+        return self._disconnect(export, reason)
 
     def unfence(self, name: str) -> None:
         """Let clients use the export again."""
@@ -110,19 +110,19 @@ class NbdServer:
         except KeyError:
             raise StateError(f"Export '{name}' is not found") from None
 
-    def _disconnect(self, export: Export) -> Coroutine[Any, Any, None]:
+    def _disconnect(self, export: Export, reason: str) -> Coroutine[Any, Any, None]:
         leaving = [each for each in self._connections if each.export is export]
         for connection in leaving:
-            connection.finish()
+            connection.refuse(reason)
         return _all_idle(leaving)
 
     # Section: ExportDirectory, for the handshake
 
-    def offers(self) -> Iterable[ExportOffer]:
+    def offers(self, client: ClientIdentity) -> Iterable[ExportOffer]:
         """What LIST shows, in the order the exports were added."""
         return [export.offer() for export in self._exports.values()]
 
-    def offer(self, name: str) -> ExportOffer | None:
+    def offer(self, name: str, client: ClientIdentity) -> ExportOffer | None:
         """What INFO and GO show."""
         export = self._exports.get(name)
         return None if export is None else export.offer()
@@ -170,16 +170,22 @@ class NbdServer:
         self._negotiations.add(negotiation)
         return negotiation
 
-    def _begin_transmission(self, negotiation: Negotiation, offer: ExportOffer) -> None:
+    def _begin_transmission(self, negotiation: Negotiation, outcome: Outcome) -> None:
         transport = negotiation.transport
         assert transport is not None
+        assert outcome.export is not None
         self._negotiations.discard(negotiation)
-        export = self._exports[offer.name]
+        export = self._exports[outcome.export.name]
         connection = Connection(
-            export, negotiation.peer, self._bus, self._pool, self._connections.discard
+            export, negotiation.peer, outcome, self._bus, self._pool, self._connections.discard
         )
         self._connections.add(connection)
-        log.info("%s: uses export %s", negotiation.peer, export.name)
+        log.info(
+            "%s: uses export %s (%s replies)",
+            negotiation.peer,
+            export.name,
+            outcome.replies.name,
+        )
         connection.start(transport, negotiation.early, write_paused=negotiation.write_paused)
 
     # Section: the end
@@ -200,7 +206,7 @@ class NbdServer:
             negotiation.abort()
         leaving = tuple(self._connections)
         for connection in leaving:
-            connection.finish()
+            connection.refuse("the server is shutting down")
         patience_s = min(HANG_UP_S, timeout_s)
         if await _all_closed(leaving, patience_s):
             return

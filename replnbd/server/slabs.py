@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import asyncio
 
-from replnbd.nbd import SIMPLE_REPLY_SIZE, pack_simple_reply_into
-from replnbd.nbd.constants import SIMPLE_REPLY_MAGIC
-
 INBOX_BYTES = 256 * 1024
 """More than the kernel's default for a unix socket, so that one recv empties it."""
 
@@ -206,12 +203,17 @@ class Outbox:
             if not self.slab.users and not self._transport.get_write_buffer_size():
                 self.at = self._start = 0  # it is all gone: stay where the cache is warm
 
-    def put(self, error: int, cookie: int) -> None:
-        """Pack a reply without payload."""
-        if self.at + SIMPLE_REPLY_SIZE > self.limit:
+    def put(self, reply: bytes) -> None:
+        """Pack a reply that is complete."""
+        end = self.at + len(reply)
+        if end > self.limit:
             self.turn()
-        pack_simple_reply_into(self.slab.buffer, self.at, SIMPLE_REPLY_MAGIC, error, cookie)
-        self.at += SIMPLE_REPLY_SIZE
+            end = self.at + len(reply)
+            if end > self.limit:
+                self._transport.write(reply)
+                return
+        self.slab.buffer[self.at : end] = reply
+        self.at = end
 
     def send(self, reply: memoryview, slab: Slab | None) -> None:
         """Write a reply that lies elsewhere; its slab goes back to the pool when it is sent."""

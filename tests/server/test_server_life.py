@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Coroutine
+from errno import ESHUTDOWN
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ async def test_a_fence_ends_the_writes_in_flight_and_lets_no_other_in(short_dir:
         node.gate.set()
         await fencing
         assert not server.exports["e"].connections
+        assert await client.reply() == (ESHUTDOWN, 2, b"")
         assert await client.reply() == (0, 1, b"")
         assert await client.at_end()
         assert node.data[:3] == b"abc"
@@ -74,7 +76,7 @@ async def test_a_fence_ends_the_writes_in_flight_and_lets_no_other_in(short_dir:
 
 
 @on_both_loops
-async def test_a_fence_drops_what_was_received_but_not_begun(short_dir: Path) -> None:
+async def test_a_fence_refuses_what_was_received_but_not_begun(short_dir: Path) -> None:
     node = GatedNode(SIZE)
     async with serving(short_dir, Export("e", node)) as server:
         client = await RawClient.open(short_dir, "e")
@@ -87,8 +89,9 @@ async def test_a_fence_drops_what_was_received_but_not_begun(short_dir: Path) ->
         node.gate.set()
         await fencing
         assert len(node.calls) == 128
-        for _ in range(128):
-            assert await client.reply() == (0, 0, b"")
+        replies = [await client.reply() for _ in range(500)]
+        assert replies.count((0, 0, b"")) == 128
+        assert replies.count((ESHUTDOWN, 0, b"")) == 372
         assert await client.at_end()
         await client.close()
 
@@ -114,7 +117,8 @@ async def test_a_fence_raised_from_within_a_write_lets_no_other_begin(
         writes = [request(WRITE, 0, 1, cookie=cookie) + b"x" for cookie in range(10)]
         client.send(b"".join([request(READ, 0, 5, cookie=99), *writes]))
         assert await client.reply(5) == (0, 99, bytes(5))
-        assert await client.reply() == (0, 0, b"")
+        replies = {await client.reply() for _ in range(10)}
+        assert replies == {(0, 0, b""), *((ESHUTDOWN, cookie, b"") for cookie in range(1, 10))}
         assert await client.at_end()
         assert node.calls == 1
         for each in fenced:

@@ -1,0 +1,53 @@
+"""What the handshake is told by the server: which exports there are, for whom, and what TLS is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+class TlsMode(Enum):
+    """What a listener makes of TLS (proto.md, "Server-side requirements")."""
+
+    OFF = "off"
+    """NOTLS."""
+    ON = "on"
+    """SELECTIVETLS: who wants it gets it; exports with an allow-list need it."""
+    REQUIRE = "require"
+    """FORCEDTLS: nothing but STARTTLS and ABORT before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientIdentity:
+    """What is known of a client: whether TLS runs, and the names its certificate (or key) gives."""
+
+    secure: bool = False
+    names: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOffer:
+    """What the handshake says of an export, to one client."""
+
+    name: str
+    description: str
+    size: int
+    transmission_flags: int
+    refusal: str | None = None
+    """Why this client may not use it now; such an export is not listed."""
+    needs_tls: bool = False
+    """Nothing is said of it before TLS runs."""
+    contexts: tuple[str, ...] = ()
+    """Names of the metadata contexts it has; an id is a position here, from 1 on."""
+
+
+class ExportDirectory(Protocol):
+    """Where the handshake looks exports up, at the moment it is asked."""
+
+    def offers(self, client: ClientIdentity) -> Iterable[ExportOffer]:
+        """All exports, in the order to list them."""
+
+    def offer(self, name: str, client: ClientIdentity) -> ExportOffer | None:
+        """The export of that name, if there is one; "" is the default export."""
