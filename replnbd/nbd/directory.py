@@ -1,4 +1,4 @@
-"""What the handshake is told by the server: which exports there are, for whom, and what TLS is for."""
+"""What the server tells the handshake: which exports there are, for whom, and what TLS is for."""
 
 from __future__ import annotations
 
