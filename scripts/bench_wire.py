@@ -10,16 +10,8 @@ from __future__ import annotations
 import socket
 import sys
 
-from replnbd.nbd import (
-    REQUEST_SIZE,
-    SIMPLE_REPLY_SIZE,
-    ClientIdentity,
-    ExportOffer,
-    Handshake,
-    pack_simple_reply_into,
-    unpack_request,
-)
-from replnbd.nbd.constants import CMD_DISC, CMD_READ, CMD_WRITE, SIMPLE_REPLY_MAGIC
+from replnbd.nbd import ClientIdentity, ExportOffer, Handshake, Replies
+from replnbd.nbd.constants import CMD_DISC, CMD_READ, CMD_WRITE
 from replnbd.nbd.constants import TransmissionFlag as Flag
 
 FLAGS = int(Flag.HAS_FLAGS | Flag.SEND_FLUSH)
@@ -42,39 +34,43 @@ class Anything:
         return ExportOffer(name, "", self.size, FLAGS)
 
 
-def haggle(client: socket.socket, size: int) -> bytes:
-    """The handshake; returns what came after it. EOFError if the client leaves."""
+def haggle(client: socket.socket, size: int) -> tuple[Replies, bytes]:
+    """The handshake: the shape of replies, and what came after. EOFError if the client leaves."""
     handshake = Handshake(Anything(size))
     while True:
         while (reply := handshake.advance()) is not None:
             client.sendall(reply)
         if handshake.outcome:
-            return handshake.unconsumed
+            return handshake.outcome.replies, handshake.unconsumed
         received = client.recv(4096)
         if not received:
             raise EOFError
         handshake.receive(received)
 
 
-def answer(client: socket.socket, early: bytes) -> None:
+def answer(client: socket.socket, shape: Replies, early: bytes) -> None:
     """All requests until DISC or the end of the stream."""
-    inbox, outbox = bytearray(BUFFER_SIZE), bytearray(BUFFER_SIZE)
+    # What is read is not zeroes: it would be sent as holes.
+    inbox, outbox = bytearray(BUFFER_SIZE), bytearray(b"\xff" * BUFFER_SIZE)
     received, replies = memoryview(inbox), memoryview(outbox)
     inbox[: len(early)] = early
     start, end = 0, len(early)
     while count := client.recv_into(received[end:]):
         end += count
         at = 0
-        while end - start >= REQUEST_SIZE:
-            _, _, command, cookie, _, length = unpack_request(inbox, start)
+        while end - start >= shape.request_size:
+            _, flags, command, cookie, offset, length = shape.unpack_request(inbox, start)
             if command == CMD_DISC:
                 return
-            size = REQUEST_SIZE + (length if command == CMD_WRITE else 0)
+            size = shape.request_size + (length if command == CMD_WRITE else 0)
             if end - start < size:
                 break
             start += size
-            pack_simple_reply_into(outbox, at, SIMPLE_REPLY_MAGIC, 0, cookie)
-            at += SIMPLE_REPLY_SIZE + (length if command == CMD_READ else 0)
+            if command == CMD_READ:
+                at += shape.pack_read(outbox, at, flags, cookie, offset, length)
+            else:
+                shape.pack_ack(outbox, at, cookie, offset)
+                at += shape.ack_size
         client.sendall(replies[:at])
         received[: end - start] = received[start:end]
         start, end = 0, end - start
@@ -94,7 +90,7 @@ def main(place: str, size: int) -> None:
             else:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             try:
-                answer(client, haggle(client, size))
+                answer(client, *haggle(client, size))
             except (EOFError, ConnectionError):
                 pass  # the next one, then
 

@@ -109,8 +109,7 @@ class Requests:
         )  # fmt: skip
         prefix, write_flags, ack_size = replies.read_prefix, replies.write_flags, replies.ack_size
         simple_reads, simple_acks = replies is SIMPLE_REPLIES, replies is not EXTENDED_REPLIES
-        # By command: CMD_READ is 0, CMD_WRITE is 1.
-        nowait, eager = (node.pread_nowait, node.pwrite_nowait), (node.pread, node.pwrite)
+        nowait = node.pread_nowait, node.pwrite_nowait  # CMD_READ is 0, CMD_WRITE is 1
         operations, volume = [0, 0], [0, 0]
         for _ in range(BATCH_REQUESTS_MAX):
             start, end = inbox.start, inbox.end
@@ -144,23 +143,14 @@ class Requests:
                 place = received.view[body : body + length]
             try:
                 done = nowait[command](offset, place)
-                if not done:
-                    running = eager[command](offset, place)
-                    try:
-                        waiting = running.send(None)
-                    except StopIteration:  # it has ended without suspending
-                        done = True
             except (Exception, asyncio.CancelledError) as exc:
                 self._answers.end(Operation(Request(flags, command, cookie, offset, length)), exc)
                 continue
             if not done:
-                slab = received
-                if command == CMD_READ:
-                    outbox.lend(at + reply_size)
-                    slab = reply
                 request = Request(flags, command, cookie, offset, length)
-                self.hold |= self._in_flight.carry(Operation(request, slab, at), running, waiting)
-                continue
+                operation = Operation(request, received if command else reply, at)
+                if not self._run_eagerly(operation, place, at + reply_size):
+                    continue
             if simple_reads or (command and simple_acks):
                 pack_simple_reply_into(reply.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
             elif command == CMD_READ:
@@ -176,6 +166,25 @@ class Requests:
         for command in (CMD_READ, CMD_WRITE):
             self._export.stats.count(command, operations[command], volume[command])
         return operations[0] + operations[1]
+
+    def _run_eagerly(self, operation: Operation, place: memoryview, reply_end: int) -> bool:
+        """A plain request that has to wait for something, or may have to. True: it has not, and
+        its reply is to be packed; otherwise it is seen to."""
+        reading = operation.request.command == CMD_READ
+        node, offset = self._export.node, operation.request.offset
+        running = node.pread(offset, place) if reading else node.pwrite(offset, place)
+        try:
+            waiting = running.send(None)
+        except StopIteration:
+            return True
+        except (Exception, asyncio.CancelledError) as exc:
+            operation.slab = None  # nothing to give back
+            self._answers.end(operation, exc)
+            return False
+        if reading:
+            self._outbox.lend(reply_end)
+        self.hold |= self._in_flight.carry(operation, running, waiting)
+        return False
 
     def _uncommon(self, magic: int, request: Request) -> bool:
         """Run or refuse any request at inbox.start. False: the rest of it has to arrive first."""
