@@ -27,8 +27,8 @@ async def copy(disk_path: str, copy_path: str) -> None:
             await overlay.flush()
             assert await replnbd.read_bytes(overlay, 0, len(MARK)) == MARK
             offset = 0
-            for extent in await overlay.block_status(0, overlay.size):
-                where = "nowhere" if extent.hole else ("copy", "disk")[extent.depth]
+            async for extent in replnbd.each_extent(overlay, 0, overlay.size):
+                where = ("copy", "disk")[extent.depth]
                 state = "zeroes" if extent.zero else "data"
                 print(f"{offset:>14} +{extent.length:<14} {state:7} in {where}")
                 offset += extent.length

@@ -18,7 +18,7 @@ As a library: `Standby` runs a standby inside an asyncio program, `create_image`
 work on disk images; see examples/.
 """
 
-from replnbd.block import BlockNode, Extent, read_bytes
+from replnbd.block import BlockNode, Extent, each_extent, read_bytes
 from replnbd.daemon import DiskConfig, Standby, load_config, open_image
 from replnbd.errors import (
     ConfigError,
@@ -46,6 +46,7 @@ __all__ = [
     "StateError",
     "__version__",
     "create_image",
+    "each_extent",
     "load_config",
     "open_image",
     "read_bytes",

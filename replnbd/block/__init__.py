@@ -24,16 +24,19 @@ Laws.
 from replnbd.block.file import FileNode
 from replnbd.block.memory import MemoryNode
 from replnbd.block.node import (
+    STATUS_EXTENTS_MAX,
     BlockNode,
     Buffer,
     Extent,
     OverlayNode,
     PassThrough,
+    each_extent,
     read_bytes,
 )
 from replnbd.block.range_lock import RangeLock
 
 __all__ = [
+    "STATUS_EXTENTS_MAX",
     "BlockNode",
     "Buffer",
     "Extent",
@@ -42,5 +45,6 @@ __all__ = [
     "OverlayNode",
     "PassThrough",
     "RangeLock",
+    "each_extent",
     "read_bytes",
 ]

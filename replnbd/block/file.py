@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 from replnbd.block.file_lock import lock_image
-from replnbd.block.node import BlockNode, Buffer, Extent
+from replnbd.block.node import STATUS_EXTENTS_MAX, BlockNode, Buffer, Extent
 from replnbd.block.threads import run_blocking
 from replnbd.errors import ConfigError
 
@@ -45,7 +45,6 @@ _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
 _ZERO_CHUNK = 1 << 20
-_STATUS_EXTENTS_MAX = 4096  # a fragmented file answers in parts; NBD lets a reply fall short
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -323,13 +322,10 @@ def _holes_and_data(fd: int, offset: int, length: int) -> list[Extent]:
     extents: list[Extent] = []
     end = offset + length
     position = offset
-    while position < end:
-        if len(extents) >= _STATUS_EXTENTS_MAX:
-            extents.append(Extent(end - position, zero=False, depth=0))
-            break
+    while position < end and len(extents) < STATUS_EXTENTS_MAX:
         data = _seek(fd, position, os.SEEK_DATA, end)
         if data > position:
-            extents.append(Extent(data - position, zero=True, depth=-1))
+            extents.append(Extent(data - position, zero=True, depth=0))
             position = data
             continue
         hole = _seek(fd, position, os.SEEK_HOLE, end)

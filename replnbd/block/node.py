@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
@@ -13,23 +13,21 @@ Buffer = bytes | bytearray | memoryview
 COPY_CHUNK = 1 << 20
 """Bytes in memory at a time while one node is copied to another."""
 
+STATUS_EXTENTS_MAX = 4096
+"""Of one answer of `block_status`: some 5 ms of work, and 32 KiB for a client."""
+
 
 class Extent(NamedTuple):
     """A run of `length` bytes in one state (NBD's block descriptor, QEMU's bdrv_block_status).
 
     `zero`: the bytes read as zeroes, and the node knows it without reading them.
-    `depth`: the layer that decides the bytes: 0 this node, 1 its backing, ...; -1 none does
-    (a hole: nothing is stored anywhere, and the bytes read as zeroes).
+    `depth`: the layer that decides the bytes: 0 this node, 1 its backing, ...; -1 none does, and
+    the bytes are zeroes. A file decides all of its bytes, holes too (as QEMU counts).
     """
 
     length: int
     zero: bool
     depth: int
-
-    @property
-    def hole(self) -> bool:
-        """Nothing is stored for these bytes in any layer."""
-        return self.depth < 0
 
 
 class BlockNode(ABC):
@@ -109,7 +107,10 @@ class BlockNode(ABC):
 
     @abstractmethod
     async def block_status(self, offset: int, length: int) -> list[Extent]:
-        """The state of every byte of the range: extents whose lengths add up to `length`."""
+        """Extents from `offset` on, one at least, whose lengths add up to at most `length`.
+
+        Short where there is more to tell than STATUS_EXTENTS_MAX, or more to look at than should be
+        looked at in one go: ask again from there, or use `each_extent`."""
 
     async def truncate(self, size: int) -> None:
         """Cut the node to `size` bytes, or extend it with zeroes. Only what an image format can
@@ -228,6 +229,15 @@ class PassThrough(BlockNode):
 
     async def close(self) -> None:
         await self.file.close()
+
+
+async def each_extent(node: BlockNode, offset: int, length: int) -> AsyncIterator[Extent]:
+    """The extents of a whole range, however many."""
+    end = offset + length
+    while offset < end:
+        for extent in await node.block_status(offset, end - offset):
+            yield extent
+            offset += extent.length
 
 
 async def read_bytes(node: BlockNode, offset: int, length: int) -> bytearray:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
+from functools import partial
 from typing import Any
 
 from replnbd.block import BlockNode
@@ -24,11 +25,21 @@ from replnbd.daemon.recovery import (
 from replnbd.errors import ConfigError, ControlError, StateError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
-from replnbd.replication import FailoverTarget, Group, Stage, StandbyDisk
-from replnbd.server import Export, NbdServer
+from replnbd.replication import (
+    FailoverTarget,
+    Group,
+    Stage,
+    StandbyDisk,
+    primary_changes,
+    standby_changes,
+)
+from replnbd.server import DirtyBitmap, Export, NbdServer
 from replnbd.version import __version__
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT_BITMAP = "checkpoint"
+"""Clients ask for it as the metadata context qemu:dirty-bitmap:checkpoint."""
 
 CLOSE_TIMEOUT_S = 3.0
 """How long clients get to take their last replies; what is then left of 5 s flushes the disks."""
@@ -201,7 +212,9 @@ class Daemon:
             raise ControlError(f"Cannot find device='{device}' nor node-name='{device}'")
         if name in self.server.exports:
             raise ControlError(f"Block export id '{name}' is already in use")
-        export = Export(name, node, description or "", writable)
+        export = Export(
+            name, node, description or "", writable, bitmaps=_bitmaps(self.group.disks, node)
+        )
         self.server.add_export(export)
         for disk in self.group.disks:
             if disk.promoted and node is disk.primary:
@@ -279,14 +292,12 @@ class Daemon:
     def _export_disk(self, disk: StandbyDisk) -> None:
         disk.on_fence = self._fence
         disk.on_unfence = self._unfence
-        self.server.add_export(
-            Export(
-                disk.name, disk.primary, f"secondary disk of {disk.name}: the primary writes here"
-            )
-        )
-        self.server.add_export(
-            Export(disk.top_id, disk.standby, f"the standby's view of {disk.name}")
-        )
+        for name, node, description in (
+            (disk.name, disk.primary, f"secondary disk of {disk.name}: the primary writes here"),
+            (disk.top_id, disk.standby, f"the standby's view of {disk.name}"),
+        ):
+            bitmaps = _bitmaps([disk], node)
+            self.server.add_export(Export(name, node, description, bitmaps=bitmaps))
 
     def _fence(self, disk: StandbyDisk) -> None:
         # Called while the disk is drained; closing the connections waits for their requests,
@@ -313,3 +324,13 @@ class Daemon:
     def _require_listening(self) -> None:
         if not self.server.uris:
             raise StateError("NBD server not running")
+
+
+def _bitmaps(disks: Iterable[StandbyDisk], node: BlockNode) -> dict[str, DirtyBitmap]:
+    """The dirty bitmaps of an export of `node`, one of the two of a disk."""
+    for disk in disks:
+        if node is disk.primary:
+            return {CHECKPOINT_BITMAP: partial(primary_changes, disk)}
+        if node is disk.standby:
+            return {CHECKPOINT_BITMAP: partial(standby_changes, disk)}
+    raise AssertionError(f"{node.name} is not a node to export")

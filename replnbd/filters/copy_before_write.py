@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 
-from replnbd.block import BlockNode, Buffer, OverlayNode, PassThrough
+from replnbd.block import BlockNode, Buffer, OverlayNode, PassThrough, each_extent
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class CopyBeforeWrite(PassThrough):
     async def _save_nonzero(self, offset: int, length: int) -> None:
         # What reads as zeroes before and after does not change: a mkfs that discards an empty
         # disk saves nothing.
-        for extent in await self.file.block_status(offset, length):
+        async for extent in each_extent(self.file, offset, length):
             if not extent.zero:
                 await self._save(offset, extent.length)
             offset += extent.length

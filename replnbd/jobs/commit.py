@@ -21,7 +21,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from replnbd.block import BlockNode, OverlayNode, RangeLock
+from replnbd.block import BlockNode, OverlayNode, RangeLock, each_extent
 from replnbd.events import EventBus
 from replnbd.jobs.job import Job
 
@@ -135,7 +135,7 @@ class CommitJob(Job):
         key = await self._ranges.acquire(offset, length, True)
         try:
             position = offset
-            for extent in await top.block_status(offset, length):
+            async for extent in each_extent(top, offset, length):
                 if 0 <= extent.depth < len(self._overlays):
                     if extent.zero:
                         await base.write_zeroes(position, extent.length)

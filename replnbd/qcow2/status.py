@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from replnbd.block import Extent
+from replnbd.block import STATUS_EXTENTS_MAX, Extent
 from replnbd.qcow2.state import UNALLOCATED, ZERO, Image
 
 _SLICES_MAX = 64
 """L2 slices (16 MiB each of an overlay) that one answer looks at: some 5 ms for a full disk."""
-_EXTENTS_MAX = 4096  # as FileNode; NBD lets a reply fall short
+_CLUSTERS_MAX = 8192
+"""Clusters that one answer looks at: 1 µs each. Where no L2 table is, they are not looked at."""
 
 
 async def allocated(image: Image, offset: int, length: int) -> tuple[bool, int]:
@@ -28,31 +29,44 @@ async def allocated(image: Image, offset: int, length: int) -> tuple[bool, int]:
 
 
 async def block_status(image: Image, offset: int, length: int) -> list[Extent]:
-    """The state of every byte of a range. What is too fragmented to tell is called data."""
+    """The state of a range, or of as much of it as may be looked at in one go."""
     extents: list[Extent] = []
     end = offset + length
-    while offset < end:
-        if len(extents) >= _EXTENTS_MAX:
-            _append(extents, Extent(end - offset, zero=False, depth=0))
-            break
+    looked_at = 0
+    while offset < end and len(extents) < STATUS_EXTENTS_MAX and looked_at < _CLUSTERS_MAX:
         state, _, count = await image.extent(offset, end)
-        if state == UNALLOCATED:
-            await _append_backing(image, extents, offset, count)
-        else:
+        if state != UNALLOCATED:
             _append(extents, Extent(count, zero=state == ZERO, depth=0))
-        offset += count
+            looked_at += (count >> image.shape.cluster_bits) + 1
+            offset += count
+            continue
+        # The whole run before the backing is asked: it may have to ask a file, in a thread.
+        stop = offset + count
+        while state == UNALLOCATED and stop < end and looked_at < _CLUSTERS_MAX:
+            state, _, count = await image.extent(stop, end)
+            looked_at += min(count >> image.shape.cluster_bits, 1 << image.shape.slice_bits) + 1
+            if state == UNALLOCATED:
+                stop += count
+        offset = await _append_backing(image, extents, offset, stop)
+        if offset < stop:
+            break
     return extents
 
 
-async def _append_backing(image: Image, extents: list[Extent], offset: int, length: int) -> None:
-    backed = max(0, min(length, image.backing_size - offset))
-    if backed:
+async def _append_backing(image: Image, extents: list[Extent], offset: int, stop: int) -> int:
+    """Up to where the extents of an unallocated run are known now."""
+    backed_end = min(stop, image.backing_size)
+    if offset < backed_end:
         assert image.backing is not None
-        for below in await image.backing.block_status(offset, backed):
+        for below in await image.backing.block_status(offset, backed_end - offset):
             depth = below.depth + 1 if below.depth >= 0 else -1
             _append(extents, Extent(below.length, below.zero, depth))
-    if backed < length:
-        _append(extents, Extent(length - backed, zero=True, depth=-1))
+            offset += below.length
+        if offset < backed_end:
+            return offset
+    if offset < stop:
+        _append(extents, Extent(stop - offset, zero=True, depth=-1))
+    return stop
 
 
 def _append(extents: list[Extent], extent: Extent) -> None:

@@ -13,11 +13,13 @@ plus the standby's own writes since.
     stage.py   the stages and every transition, as data
     nodes.py   what the exports hold on to: gates, refusals, the split write of a failover
     disk.py    one disk: nodes, stage, jobs
+    changes.py what has changed since the checkpoint, for dirty bitmaps
     group.py   the commands, over all disks or none
     journal.py what a group is, in a file, for the process after this one
     keeper.py  writes it
 """
 
+from replnbd.replication.changes import primary_changes, standby_changes
 from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.group import Group
 from replnbd.replication.journal import (
@@ -45,4 +47,6 @@ __all__ = [
     "Record",
     "Stage",
     "StandbyDisk",
+    "primary_changes",
+    "standby_changes",
 ]

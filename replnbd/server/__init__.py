@@ -41,8 +41,9 @@ Laws.
 6. A peer can end its own connection, and nothing else.
 """
 
+from replnbd.server.contexts import DirtyBitmap
 from replnbd.server.export import Export, ExportStats
 from replnbd.server.listener import parse_listen_uri
 from replnbd.server.server import NbdServer
 
-__all__ = ["Export", "ExportStats", "NbdServer", "parse_listen_uri"]
+__all__ = ["DirtyBitmap", "Export", "ExportStats", "NbdServer", "parse_listen_uri"]

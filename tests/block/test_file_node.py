@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from replnbd.block import BlockNode, FileNode, MemoryNode, read_bytes
+from replnbd.block import (
+    STATUS_EXTENTS_MAX,
+    BlockNode,
+    FileNode,
+    MemoryNode,
+    each_extent,
+    read_bytes,
+)
 from replnbd.block.file import WRITE_INLINE_MAX
 from replnbd.block.threads import run_blocking
 from replnbd.errors import ConfigError
@@ -87,13 +94,30 @@ async def test_block_status_finds_the_holes_and_covers_every_byte(tmp_path: Path
     await node.truncate(16 * MIB)
     await node.pwrite(4 * MIB, b"x" * MIB)
     extents = await node.block_status(MIB, 15 * MIB)
-    assert [(e.length, e.zero, e.hole) for e in extents] == [
-        (3 * MIB, True, True),
-        (MIB, False, False),
-        (11 * MIB, True, True),
+    assert [(e.length, e.zero, e.depth) for e in extents] == [
+        (3 * MIB, True, 0),
+        (MIB, False, 0),
+        (11 * MIB, True, 0),
     ]
     await node.write_zeroes(4 * MIB, MIB, unmap=True)
     assert all(e.zero for e in await node.block_status(0, 16 * MIB))
+    await node.close()
+
+
+async def test_block_status_of_a_fragmented_file_falls_short_and_goes_on_from_there(
+    tmp_path: Path,
+) -> None:
+    node = make(tmp_path / "disk")
+    count, unit = 5000, 128 * 1024
+    await node.truncate(count * unit)
+    for number in range(count):
+        await node.pwrite(number * unit, b"x")
+    first = await node.block_status(0, count * unit)
+    assert len(first) == STATUS_EXTENTS_MAX
+    assert sum(extent.length for extent in first) < count * unit
+    extents = [extent async for extent in each_extent(node, 0, count * unit)]
+    assert sum(extent.length for extent in extents) == count * unit
+    assert [extent.zero for extent in extents] == [False, True] * count
     await node.close()
 
 

@@ -1,0 +1,46 @@
+"""What has changed since the last checkpoint: what dirty bitmaps of the two exports show.
+
+Nothing is kept for it. The hidden overlay has old data of exactly what the primary has changed, the
+active overlay is what the standby has written; both to the subcluster (2 KiB), both empty right
+after a checkpoint. Where no account is kept, everything counts as changed.
+"""
+
+from __future__ import annotations
+
+from replnbd.block import STATUS_EXTENTS_MAX, OverlayNode
+from replnbd.replication.disk import StandbyDisk
+from replnbd.replication.stage import Stage
+
+Runs = list[tuple[int, bool]]
+"""(length, changed), from an offset on. They may fall short of what was asked."""
+
+_BYTES_MAX = 1 << 30
+"""Looked at in one go: some 16,000 clusters of an overlay, 1 µs each."""
+
+
+async def primary_changes(disk: StandbyDisk, offset: int, length: int) -> Runs:
+    """Of the secondary disk: what the primary has changed since the last checkpoint."""
+    if disk.stage is not Stage.RUNNING or disk.lost is not None:
+        return [(length, True)]
+    return await _allocated_runs(disk.hidden, offset, length)
+
+
+async def standby_changes(disk: StandbyDisk, offset: int, length: int) -> Runs:
+    """Of the view: what the standby has changed since the last checkpoint."""
+    overlaid = disk.stage is Stage.RUNNING or (disk.stage is Stage.DONE and not disk.promoted)
+    if not overlaid or disk.lost is not None:
+        return [(length, True)]
+    return await _allocated_runs(disk.active, offset, length)
+
+
+async def _allocated_runs(overlay: OverlayNode, offset: int, length: int) -> Runs:
+    runs: Runs = []
+    end = offset + length
+    looked_at = 0
+    while offset < end and len(runs) < STATUS_EXTENTS_MAX and looked_at < _BYTES_MAX:
+        allocated, count = await overlay.allocated(offset, end - offset)
+        runs.append((count, allocated))
+        offset += count
+        # A longer run is mostly one of no L2 tables, which costs next to nothing.
+        looked_at += min(count, _BYTES_MAX // 4)
+    return runs
