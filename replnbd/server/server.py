@@ -14,7 +14,7 @@ from replnbd.events import EventBus
 from replnbd.nbd import ClientIdentity, ExportOffer, Outcome
 from replnbd.server.connection import Connection, State
 from replnbd.server.export import Export
-from replnbd.server.listener import BoundSocket, bind_uri
+from replnbd.server.listener import BACKLOG, BoundSocket, bind_uri
 from replnbd.server.negotiation import HANDSHAKE_TIMEOUT_S, Negotiation
 from replnbd.server.slabs import Pool
 
@@ -141,10 +141,12 @@ class NbdServer:
         for each in bound:
             if each.path is None:
                 listener: asyncio.AbstractServer = await loop.create_server(
-                    self._new_client, sock=each.sock
+                    self._new_client, sock=each.sock, backlog=BACKLOG
                 )
             else:
-                listener = await loop.create_unix_server(self._new_client, sock=each.sock)
+                listener = await loop.create_unix_server(
+                    self._new_client, sock=each.sock, backlog=BACKLOG
+                )
             self._listeners.append((listener, each))
             log.info("listening on %s", each.uri)
         return [each.uri for each in bound]

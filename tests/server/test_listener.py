@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from server_wire import on_both_loops
 from replnbd.errors import ConfigError
 from replnbd.events import EventBus
 from replnbd.server import NbdServer, parse_listen_uri
-from replnbd.server.listener import TcpAddress, UnixAddress
+from replnbd.server.listener import BACKLOG, TcpAddress, UnixAddress
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,24 @@ async def test_a_host_that_is_not_ours_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen on {uri}: "):
         await server.listen(uri)
     await server.close()
+
+
+@on_both_loops
+async def test_as_many_clients_as_a_cluster_has_may_come_while_the_loop_is_busy(
+    short_dir: Path,
+) -> None:
+    """The loops listen again, with a queue of 100 unless told."""
+    server = NbdServer(EventBus())
+    await server.listen(f"nbd+unix:///?socket={short_dir}/s")
+    somaxconn = int(Path("/proc/sys/net/core/somaxconn").read_text())
+    try:
+        with ExitStack() as stack:
+            for _ in range(min(BACKLOG, somaxconn)):
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(f"{short_dir}/s")
+    finally:
+        await server.close()
 
 
 @on_both_loops
