@@ -4,7 +4,8 @@
     nbd+unix:///?socket=PATH        a unix socket
 
 The scheme follows the NBD project's doc/uri.md; an export name in it makes no sense for a
-listener, because all exports are on all listeners.
+listener, because all exports are on all listeners. A socket that somebody else has bound and
+listens on (a service manager) is as good as one of ours.
 """
 
 from __future__ import annotations
@@ -100,18 +101,29 @@ def _unix_address(uri: str, netloc: str, query: dict[str, list[str]]) -> UnixAdd
     return UnixAddress(path)
 
 
-async def bind_uri(uri: str) -> list[BoundSocket]:
-    """Bind and listen; a host name gives a socket for each of its addresses.
+async def bind_uri(uri: str, *, socket_mode: int | None = None) -> list[BoundSocket]:
+    """Bind and listen; a host name gives a socket for each of its addresses. `socket_mode`: of a
+    unix socket's file; None leaves it to the umask.
 
     Raises ConfigError, naming the URI: bad URI, port or path in use, no permission, no such host.
     """
     address = parse_listen_uri(uri)
     try:
         if isinstance(address, UnixAddress):
-            return [_bind_unix(uri, address.path)]
+            return [_bind_unix(uri, address.path, socket_mode)]
         return await _bind_tcp(address)
     except OSError as exc:
         raise ConfigError(f"cannot listen on {uri}: {_reason(exc)}") from exc
+
+
+def adopt(sock: socket.socket) -> BoundSocket:
+    """A socket that listens already; the file of a unix socket stays its owner's."""
+    if sock.family == socket.AF_UNIX:
+        path = os.fsdecode(sock.getsockname())
+        return BoundSocket(sock, f"nbd+unix:///?socket={quote(path, safe='/')}")
+    host, port = sock.getsockname()[:2]
+    shown = f"[{host}]" if sock.family == socket.AF_INET6 else host
+    return BoundSocket(sock, f"nbd://{shown}:{port}")
 
 
 async def _bind_tcp(address: TcpAddress) -> list[BoundSocket]:
@@ -132,9 +144,8 @@ async def _bind_tcp(address: TcpAddress) -> list[BoundSocket]:
                     raise
                 unusable = exc
                 continue
-            host, port = sock.getsockname()[:2]  # port 0: the same free port on every address
-            shown = f"[{host}]" if family == socket.AF_INET6 else host
-            bound.append(BoundSocket(sock, f"nbd://{shown}:{port}"))
+            port = sock.getsockname()[1]  # port 0: the same free port on every address
+            bound.append(adopt(sock))
         if not bound:
             raise unusable or OSError(errno.EADDRNOTAVAIL, "the host has no address")
     except BaseException:
@@ -161,15 +172,18 @@ def _listening_socket(
     return sock
 
 
-def _bind_unix(uri: str, path: str) -> BoundSocket:
+def _bind_unix(uri: str, path: str, mode: int | None) -> BoundSocket:
     _remove_stale(uri, path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(path)
+        if mode is not None:
+            os.chmod(path, mode)  # nobody can connect before listen()
         sock.listen(BACKLOG)
         sock.setblocking(False)
-        shown = f"nbd+unix:///?socket={quote(path, safe='/')}"
-        return BoundSocket(sock, shown, os.path.abspath(path), _inode(path))
+        bound = adopt(sock)
+        bound.path, bound.inode = os.path.abspath(path), _inode(path)
+        return bound
     except BaseException:
         sock.close()
         raise

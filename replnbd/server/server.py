@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
+import sys
 from collections.abc import Coroutine, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -14,7 +16,7 @@ from replnbd.events import EventBus
 from replnbd.nbd import ClientIdentity, ExportOffer, Outcome
 from replnbd.server.connection import Connection, State
 from replnbd.server.export import Export
-from replnbd.server.listener import BACKLOG, BoundSocket, bind_uri
+from replnbd.server.listener import BACKLOG, BoundSocket, adopt, bind_uri
 from replnbd.server.negotiation import HANDSHAKE_TIMEOUT_S, Negotiation
 from replnbd.server.slabs import Pool
 
@@ -23,6 +25,9 @@ log = logging.getLogger(__name__)
 CONNECTIONS_MAX = 1024
 """Clients at a time, handshakes included. QEMU allows 100; cluster tools open several per disk,
 and ours cost 50 KiB each while they are idle."""
+
+# From Python 3.13 on, loops remove a unix socket's file by themselves, also one that is not ours.
+_KEEP_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 HANG_UP_S = 0.5
 """At the end, for a client that has all its replies to hang up: that takes a round trip."""
@@ -129,27 +134,39 @@ class NbdServer:
 
     # Section: listeners and clients
 
-    async def listen(self, uri: str) -> list[str]:
+    async def listen(self, uri: str, *, socket_mode: int | None = None) -> list[str]:
         """Accept clients at an NBD URI; returns the actual URIs (port 0, several addresses).
 
-        Raises ConfigError, naming the URI, if that cannot be.
+        `socket_mode`: of a unix socket's file. Raises ConfigError, naming the URI, if that cannot
+        be.
         """
         if self._closed:
             raise StateError("NBD server not running")
-        loop = asyncio.get_running_loop()
-        bound = await bind_uri(uri)
+        bound = await bind_uri(uri, socket_mode=socket_mode)
         for each in bound:
-            if each.path is None:
-                listener: asyncio.AbstractServer = await loop.create_server(
-                    self._new_client, sock=each.sock, backlog=BACKLOG
-                )
-            else:
-                listener = await loop.create_unix_server(
-                    self._new_client, sock=each.sock, backlog=BACKLOG
-                )
-            self._listeners.append((listener, each))
+            await self._accept_on(each)
             log.info("listening on %s", each.uri)
         return [each.uri for each in bound]
+
+    async def listen_on(self, sock: socket.socket) -> str:
+        """Accept clients on a stream socket that listens already, from a service manager say;
+        returns its URI. The server closes it; a unix socket's file stays."""
+        if self._closed:
+            raise StateError("NBD server not running")
+        bound = adopt(sock)
+        await self._accept_on(bound)
+        log.info("listening on %s, a socket that was passed to us", bound.uri)
+        return bound.uri
+
+    async def _accept_on(self, bound: BoundSocket) -> None:
+        loop = asyncio.get_running_loop()
+        if bound.sock.family == socket.AF_UNIX:
+            listener: asyncio.AbstractServer = await loop.create_unix_server(
+                self._new_client, sock=bound.sock, backlog=BACKLOG, **_KEEP_FILE
+            )
+        else:
+            listener = await loop.create_server(self._new_client, sock=bound.sock, backlog=BACKLOG)
+        self._listeners.append((listener, bound))
 
     def _new_client(self) -> asyncio.BaseProtocol:
         if len(self._negotiations) + len(self._connections) >= self._connections_max:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from server_wire import on_both_loops
 
-from replnbd.errors import ConfigError
+from replnbd.errors import ConfigError, StateError
 from replnbd.events import EventBus
 from replnbd.server import NbdServer, parse_listen_uri
 from replnbd.server.listener import BACKLOG, TcpAddress, UnixAddress
@@ -190,3 +190,83 @@ async def test_close_does_not_remove_a_socket_that_is_not_ours_any_more(short_di
     assert await greeted(str(path))
     await second.close()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
+@on_both_loops
+async def test_a_unix_socket_has_the_mode_it_was_given_whatever_the_umask(
+    short_dir: Path, umask: int
+) -> None:
+    server = NbdServer(EventBus())
+    before = os.umask(umask)
+    try:
+        await server.listen(f"nbd+unix:///?socket={short_dir}/s", socket_mode=0o620)
+        await server.listen(f"nbd+unix:///?socket={short_dir}/as-the-umask-has-it")
+    finally:
+        os.umask(before)
+    assert (short_dir / "s").stat().st_mode & 0o7777 == 0o620
+    assert (short_dir / "as-the-umask-has-it").stat().st_mode & 0o7777 == 0o777 & ~umask
+    await server.close()
+
+
+async def test_nobody_can_connect_before_the_mode_is_right(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chmod(path: str, mode: int) -> None:
+        tried.append(mode)
+        with socket.socket(socket.AF_UNIX) as early, pytest.raises(ConnectionRefusedError):
+            early.connect(path)
+
+    tried: list[int] = []
+    monkeypatch.setattr(os, "chmod", chmod)
+    server = NbdServer(EventBus())
+    await server.listen(f"nbd+unix:///?socket={short_dir}/s", socket_mode=0o600)
+    assert tried == [0o600]
+    await server.close()
+
+
+@on_both_loops
+async def test_sockets_that_others_have_bound_are_served_and_their_files_stay(
+    short_dir: Path,
+) -> None:
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(f"{short_dir}/s")
+    unix.listen()
+    tcp = socket.create_server(("127.0.0.1", 0))
+    tcp6 = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    port, port6 = tcp.getsockname()[1], tcp6.getsockname()[1]
+    server = NbdServer(EventBus())
+    for sock in (unix, tcp, tcp6):
+        sock.setblocking(False)
+        await server.listen_on(sock)
+    assert server.uris == [
+        f"nbd+unix:///?socket={short_dir}/s",
+        f"nbd://127.0.0.1:{port}",
+        f"nbd://[::1]:{port6}",
+    ]
+    assert await greeted(f"{short_dir}/s")
+    assert await greeted(("127.0.0.1", port))
+    assert await greeted(("::1", port6))
+    await server.close()
+    assert (short_dir / "s").is_socket()
+    with pytest.raises(ConnectionRefusedError):
+        await greeted(f"{short_dir}/s")
+    with pytest.raises(StateError, match="NBD server not running"):
+        await server.listen_on(unix)
+
+
+@on_both_loops
+async def test_a_socket_without_a_file_is_served(short_dir: Path) -> None:
+    name = f"\0{short_dir}"
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(name)
+    sock.listen()
+    sock.setblocking(False)
+    server = NbdServer(EventBus())
+    assert await server.listen_on(sock) == f"nbd+unix:///?socket=%00{short_dir}"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(name)
+        client.setblocking(False)
+        greeting = await asyncio.get_running_loop().sock_recv(client, 18)
+    assert greeting == b"NBDMAGICIHAVEOPT\x00\x03"
+    await server.close()
