@@ -41,6 +41,12 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", k
 
     listen: list[str] = msgspec.field(default_factory=lambda: [DEFAULT_LISTEN])
     control: str | None = msgspec.field(default_factory=default_control)
+    socket_mode: str | None = None
+
+    @property
+    def socket_mode_bits(self) -> int | None:
+        """`socket_mode` as a number; None leaves it to the umask."""
+        return None if self.socket_mode is None else int(self.socket_mode, 8)
 
 
 class DiskConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -108,6 +114,11 @@ def check_config(config: Config, directory: Path) -> Config:
             raise ConfigError("[server] key 'control': needs the path of a socket")
         server.control = str(directory / server.control)
     server.listen = [_absolute_socket(uri, directory) for uri in server.listen]
+    mode = server.socket_mode
+    if mode is not None and not re.fullmatch("0?[0-7]{3}", mode, re.ASCII):
+        raise ConfigError(
+            f"[server] key 'socket-mode': needs octal digits as in \"0660\", not '{mode}'"
+        )
     if not config.disk:
         raise ConfigError("no [[disk]] table: nothing to serve")
     taken: dict[str, str] = {}

@@ -30,6 +30,8 @@ class Setup:
         self.folder = folder
         self.listen = [f"nbd+unix:///?socket={folder}/nbd"]
         self.control = f"{folder}/qmp"
+        self.server: dict[str, Any] = {}
+        """More keys of [server]."""
         self.tables: list[dict[str, Any]] = []
         for name in names or ("d",):
             (folder / f"{name}.raw").write_bytes(pattern(1))
@@ -70,6 +72,7 @@ class Setup:
         """Write the configuration."""
         lines = ["[server]"]
         lines += [f"listen = {json.dumps(self.listen)}", f"control = {json.dumps(self.control)}"]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in self.server.items()]
         for table in self.tables:
             lines.append("[[disk]]")
             lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]

@@ -52,6 +52,17 @@ MISTAKES = {
         '[server]\nlisten = ["nbd://localhost", 10809]\n' + DISK,
         "[server] key 'listen[1]': expected string, got integer",
     ),
+    "socket-mode no string": (
+        "[server]\nsocket-mode = 0o660\n" + DISK,
+        "[server] key 'socket-mode': expected string, got integer",
+    ),
+    **{
+        f"socket-mode '{mode}'": (
+            f"[server]\nsocket-mode = '{mode}'\n" + DISK,
+            f"[server] key 'socket-mode': needs octal digits as in \"0660\", not '{mode}'",
+        )
+        for mode in ("", "rw-rw----", "0o660", "0668", "4755", "60", "00660", "٠٦٦٠")
+    },
     "control no string": (
         "[server]\ncontrol = true\n" + DISK,
         "[server] key 'control': expected string, got boolean",
@@ -230,6 +241,13 @@ def test_what_is_not_said_has_its_default(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.server == ServerConfig(listen=[DEFAULT_LISTEN], control="/x/qmp.sock")
     assert [disk.format for disk in config.disk] == ["raw", "qcow2"]
     assert {disk.durability for disk in config.disk} == {"process"}
+
+
+@pytest.mark.parametrize(("mode", "bits"), [("0660", 0o660), ("777", 0o777), ("0000", 0)])
+def test_the_mode_of_the_sockets_is_octal(tmp_path: Path, mode: str, bits: int) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(f'[server]\nsocket-mode = "{mode}"\n{DISK}')
+    assert load_config(path).server.socket_mode_bits == bits
 
 
 def test_the_format_is_never_guessed_from_the_content(tmp_path: Path) -> None:
