@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 CLIENTS_MAX = 64
 """A manager, a watcher and a few command lines at a time; QEMU's monitor takes one client."""
 
+# From Python 3.13 on, the loop removes a unix socket's file by itself, also one that is not ours.
+_KEEP_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+
 _BACKLOG = 16
 _LOCK_ATTEMPTS = 200
 _LOCK_INTERVAL_S = 0.01
@@ -31,8 +35,13 @@ _LOCK_INTERVAL_S = 0.01
 class ControlServer:
     """Serves QMP on a unix socket that only its owner (and root) may connect to."""
 
-    def __init__(self, backend: Backend, path: str | Path) -> None:
+    def __init__(
+        self, backend: Backend, path: str | Path, listener: socket.socket | None = None
+    ) -> None:
+        """`listener`: a socket that listens already, at `path` if it has one; its file and who
+        may connect to it are the business of whoever made it."""
         self._backend = backend
+        self._listener = listener
         self.path = os.fspath(path)
         self._sessions: dict[asyncio.Task[None], Session] = {}
         self._server: asyncio.Server | None = None
@@ -45,12 +54,13 @@ class ControlServer:
         """Listen. Raises ConfigError, in one line, if the path cannot be used: another server
         answers there, it is no socket, or the directory is not ours to write."""
         assert self._server is None
-        listener = await _bind(self.path)
+        listener = self._listener or await _bind(self.path)
         try:
-            status = os.stat(self.path)
-            self._identity = (status.st_dev, status.st_ino)
+            if listener is not self._listener:
+                status = os.stat(self.path)
+                self._identity = (status.st_dev, status.st_ino)
             self._server = await asyncio.start_unix_server(
-                self._accept, sock=listener, backlog=_BACKLOG
+                self._accept, sock=listener, backlog=_BACKLOG, **_KEEP_FILE
             )
         except BaseException:
             listener.close()
@@ -89,6 +99,8 @@ class ControlServer:
         await server.wait_closed()
 
     def _remove_socket(self) -> None:
+        if self._identity is None:
+            return
         try:
             status = os.lstat(self.path)
             # A socket that another server put in our file's place is not ours to remove.

@@ -6,6 +6,7 @@
     describe.py   what status and queries tell
     standby.py    Standby: the same as a library, inside another program
     run.py        as a process: logging, signals, an orderly end
+    activation.py, notify.py    what a service manager gives us, and what it is told
 
 Laws. Nothing is changed on disk before all of the configuration has been found good. What was
 opened is closed in the opposite order: clients first, then jobs, then the images, flushed.

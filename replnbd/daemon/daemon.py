@@ -11,6 +11,7 @@ from typing import Any
 
 from replnbd.block import BlockNode
 from replnbd.control import ControlServer
+from replnbd.daemon.activation import PassedSockets
 from replnbd.daemon.config import Config
 from replnbd.daemon.describe import describe_node, disk_nodes, disk_status
 from replnbd.daemon.images import open_disk
@@ -52,8 +53,10 @@ class Daemon:
     `group`.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, passed: PassedSockets | None = None) -> None:
+        """`passed`: sockets to serve on instead of those of the configuration."""
         self.config = config
+        self._passed = passed or PassedSockets()
         self.events = EventBus()
         self.jobs_registry = JobRegistry()
         self.server = NbdServer(self.events)
@@ -80,11 +83,7 @@ class Daemon:
             except OSError as exc:
                 raise ConfigError(f"cannot write {self._past.path}: {exc.strerror}") from exc
             await self._open_disks(self._past, created)
-            if self.config.server.control is not None:
-                self._control = ControlServer(self, self.config.server.control)
-                await self._control.start()
-            for uri in self.config.server.listen:
-                await self.server.listen(uri)
+            await self._listen()
             if start and any(disk.stage is not Stage.RUNNING for disk in self.group.disks):
                 await self.group.start()
         except BaseException:
@@ -94,6 +93,11 @@ class Daemon:
                 for path in created:
                     os.unlink(path)
             raise
+
+    @property
+    def control_path(self) -> str | None:
+        """Where QMP is spoken."""
+        return None if self._control is None else self._control.path
 
     async def close(self) -> None:
         """An orderly end: clients are let go, jobs stopped, everything is flushed and closed.
@@ -237,6 +241,21 @@ class Daemon:
         self.quit_requested.set()
 
     # Section: inside
+
+    async def _listen(self) -> None:
+        control, passed = self.config.server.control, self._passed
+        if passed.control is not None:
+            control = os.fsdecode(passed.control.getsockname())
+        if control is not None:
+            self._control = ControlServer(self, control, passed.control)
+            await self._control.start()
+        for sock in passed.nbd:
+            await self.server.listen_on(sock)
+        if passed.nbd:
+            log.info("[server] key 'listen' is not used: sockets were passed to us")
+            return
+        for uri in self.config.server.listen:
+            await self.server.listen(uri, socket_mode=self.config.server.socket_mode_bits)
 
     async def _open_disks(self, past: Past, created: list[str]) -> None:
         disks: list[StandbyDisk] = []

@@ -12,8 +12,10 @@ import sys
 
 import uvloop
 
+from replnbd.daemon.activation import take_passed_sockets
 from replnbd.daemon.config import Config, default_control
 from replnbd.daemon.daemon import Daemon
+from replnbd.daemon.notify import Notifier
 
 log = logging.getLogger("replnbd")
 
@@ -28,16 +30,18 @@ def set_up_logging(level: str) -> None:
 
 
 def run(config: Config, *, start: bool = False) -> None:
-    """Serve until SIGTERM, SIGINT or QMP `quit`; `start` replication at once if asked.
+    """Serve until SIGTERM, SIGINT or QMP `quit`; `start` replication at once if asked. Sockets
+    that a service manager has passed are used, and it is told how we are.
 
     Raises ConfigError, ImageError or StateError if it cannot begin.
     """
-    control = config.server.control
+    passed, notifier = take_passed_sockets(), Notifier.from_environment()
+    control = config.server.control if passed.control is None else None
     if control is not None and control == default_control():
         # Nobody else makes the default's directory; one that was asked for must be there.
         os.makedirs(os.path.dirname(control), mode=0o700, exist_ok=True)
     _raise_descriptor_limit()
-    uvloop.run(_serve(config, start))
+    uvloop.run(_serve(Daemon(config, passed), start, notifier))
 
 
 def _raise_descriptor_limit() -> None:
@@ -46,8 +50,7 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(config: Config, start: bool) -> None:
-    daemon = Daemon(config)
+async def _serve(daemon: Daemon, start: bool, notifier: Notifier) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _asked_to_end, daemon, number)
@@ -56,13 +59,15 @@ async def _serve(config: Config, start: bool) -> None:
     gc.collect()
     gc.freeze()
     try:
-        log.info(
-            "ready: NBD on %s, QMP on %s", ", ".join(daemon.server.uris), config.server.control
-        )
+        status = f"NBD on {', '.join(daemon.server.uris)}, QMP on {daemon.control_path}"
+        log.info("ready: %s", status)
+        notifier.ready(status)
         await daemon.quit_requested.wait()
         log.info("ending: draining and flushing")
+        notifier.stopping("draining and flushing")
     finally:
         await daemon.close()
+        notifier.close()
     log.info("ended")
 
 
