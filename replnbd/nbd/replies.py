@@ -111,10 +111,17 @@ class StructuredReplies(Replies):
     name = "structured"
     read_prefix = _CHUNK_DATA.size
 
+    def ack(self, request: Request) -> bytes:
+        # "the server ... MUST NOT use a simple reply for NBD_CMD_READ": not for one of length 0.
+        if request.command == c.CMD_READ:
+            return self._chunk(request, c.REPLY_TYPE_NONE, b"")
+        return super().ack(request)
+
     def error(self, request: Request, error: int, text: str, at: int | None = None) -> bytes:
         message = text.encode(errors="replace")[: c.NAME_BYTES_MAX]
         payload = _ERROR.pack(error, len(message)) + message
-        if at is None:
+        # ERROR_OFFSET is "valid as a reply to" what has a range.
+        if at is None or request.command == c.CMD_FLUSH:
             return self._chunk(request, c.REPLY_TYPE_ERROR, payload)
         return self._chunk(request, c.REPLY_TYPE_ERROR_OFFSET, payload + _OFFSET.pack(at))
 
