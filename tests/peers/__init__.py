@@ -2,6 +2,7 @@
 
     Disk           the files of one replicated disk; `qemu_img` makes and checks them
     NbdClient      a synchronous NBD client in plain Python: no libnbd between a test and the bytes
+    RawClient      one that sends any bytes, in all shapes of requests and replies (nbd_wire.py)
     QmpClient      a synchronous QMP client: every answer as it came, events kept
     Process        a child process that is always killed, with its stderr in every failure
     QemuSecondary  QEMU 7.2 with its own replication filter: the oracle
@@ -15,6 +16,7 @@ what judges the code shares none of it.
 from peers.command import REPLNBD, Done, fingerprints, refusal, run_replnbd
 from peers.disk import Disk, DiskFormat, qemu_img
 from peers.nbd_client import NbdClient, NbdExport, NbdReplyError, list_exports
+from peers.nbd_raw import RawClient
 from peers.process import PeerError, Process, wait_until
 from peers.qemu import QemuDisk, QemuSecondary
 from peers.qmp_client import Answer, QmpClient
@@ -34,6 +36,7 @@ __all__ = [
     "QemuDisk",
     "QemuSecondary",
     "QmpClient",
+    "RawClient",
     "ReplnbdDaemon",
     "ReplnbdDisk",
     "fingerprints",

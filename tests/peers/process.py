@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import signal
 import subprocess
@@ -85,6 +86,37 @@ class Process:
         text = self.log.read_text(errors="replace")[-4000:].strip()
         status = self._popen.poll()
         return f"{what}\n$ {' '.join(self.argv)}\nexit status {status}\n{text}"
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory in use."""
+        return self._status_kib("VmRSS") * 1024
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that was in use since the start, or the last `reset_peak`."""
+        return self._status_kib("VmHWM") * 1024
+
+    def reset_peak(self) -> None:
+        """Begin to measure `peak_bytes` anew."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    @property
+    def descriptors(self) -> int:
+        """How many file descriptors are open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time used so far, user and system."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _status_kib(self, key: str) -> int:
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1])
+        raise PeerError(self.failure(f"no {key}: it has ended"))
 
     def limit_file_size(self, size: int | None) -> None:
         """Make every write at or beyond `size` bytes of any file fail with EFBIG (None: no more).
