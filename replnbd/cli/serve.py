@@ -12,6 +12,7 @@ from replnbd.daemon import (
     Config,
     DiskConfig,
     ServerConfig,
+    TlsConfig,
     check_config,
     load_config,
     run,
@@ -61,6 +62,15 @@ def serve(config: Path, log_level: str) -> None:
     "--listen", multiple=True, metavar="URI", default=[DEFAULT_LISTEN], show_default=True,
     help="NBD URI to listen on; may be repeated.",
 )  # fmt: skip
+@click.option(
+    "--tls-certificate", type=click.Path(), metavar="PEM", help="For listeners with nbds://."
+)
+@click.option("--tls-key", type=click.Path(), metavar="PEM", help="Its key, unless in one file.")
+@click.option(
+    "--tls-client-ca", type=click.Path(), metavar="PEM",
+    help="Clients must have a certificate that this authority signed.",
+)  # fmt: skip
+@click.option("--tls-psk", type=click.Path(), metavar="FILE", help="Users and their shared keys.")
 @click.option("--control", type=click.Path(), help="Path of the QMP socket.")
 @click.option("--start", is_flag=True, help="Start replication at once.")
 @log_level
@@ -73,6 +83,10 @@ def secondary(
     active: str | None,
     durability: Literal["process", "power"],
     listen: tuple[str, ...],
+    tls_certificate: str | None,
+    tls_key: str | None,
+    tls_client_ca: str | None,
+    tls_psk: str | None,
     control: str | None,
     start: bool,
     log_level: str,
@@ -93,7 +107,11 @@ def secondary(
         durability=durability,
     )
     server = ServerConfig(listen=list(listen), control=control or default_control())
-    config = check_config(Config(server=server, disk=[table]), Path(os.getcwd()))
+    files = (tls_certificate, tls_key, tls_client_ca, tls_psk)
+    tls = TlsConfig(**dict(zip(TlsConfig.__struct_fields__, files, strict=True)))
+    config = check_config(
+        Config(server=server, disk=[table], tls=tls if any(files) else None), Path(os.getcwd())
+    )
     set_up_logging(log_level)
     run(config, start=start)
 

@@ -12,7 +12,14 @@ Laws. Nothing is changed on disk before all of the configuration has been found 
 opened is closed in the opposite order: clients first, then jobs, then the images, flushed.
 """
 
-from replnbd.daemon.config import Config, DiskConfig, ServerConfig, check_config, load_config
+from replnbd.daemon.config import (
+    Config,
+    DiskConfig,
+    ServerConfig,
+    TlsConfig,
+    check_config,
+    load_config,
+)
 from replnbd.daemon.daemon import Daemon
 from replnbd.daemon.images import open_image
 from replnbd.daemon.run import run, set_up_logging
@@ -24,6 +31,7 @@ __all__ = [
     "DiskConfig",
     "ServerConfig",
     "Standby",
+    "TlsConfig",
     "check_config",
     "load_config",
     "open_image",

@@ -40,6 +40,7 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", k
     drives the standby itself, both may be missing (an empty list, None)."""
 
     listen: list[str] = msgspec.field(default_factory=lambda: [DEFAULT_LISTEN])
+    default_export: str | None = None
     control: str | None = msgspec.field(default_factory=default_control)
     socket_mode: str | None = None
 
@@ -47,6 +48,16 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", k
     def socket_mode_bits(self) -> int | None:
         """`socket_mode` as a number; None leaves it to the umask."""
         return None if self.socket_mode is None else int(self.socket_mode, 8)
+
+
+class TlsConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """Table [tls]: paths of PEM files (`psk`: of a file of USER:HEX-KEY lines), absolute after
+    `check_config`. Without `client-ca`, clients need no certificate."""
+
+    certificate: str | None = None
+    key: str | None = None
+    client_ca: str | None = None
+    psk: str | None = None
 
 
 class DiskConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -60,6 +71,8 @@ class DiskConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_
     hidden: str | None = None
     active: str | None = None
     durability: Literal["process", "power"] = "process"
+    allow: list[str] | None = None
+    top_allow: list[str] | None = None
     disk: str | None = None
     to: str | None = None
     sync: bool | None = None
@@ -77,6 +90,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only
     """A whole configuration. Several disks are one group."""
 
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    tls: TlsConfig | None = None
     disk: list[DiskConfig] = msgspec.field(default_factory=list)
 
 
@@ -114,6 +128,8 @@ def check_config(config: Config, directory: Path) -> Config:
             raise ConfigError("[server] key 'control': needs the path of a socket")
         server.control = str(directory / server.control)
     server.listen = [_absolute_socket(uri, directory) for uri in server.listen]
+    if config.tls is not None:
+        _check_tls(config.tls, directory)
     mode = server.socket_mode
     if mode is not None and not re.fullmatch("0?[0-7]{3}", mode, re.ASCII):
         raise ConfigError(
@@ -127,6 +143,7 @@ def check_config(config: Config, directory: Path) -> Config:
         where = f"[[disk]] {number} ('{disk.name}')"
         try:
             _check_disk(disk, directory)
+            _check_allow(disk, config.tls)
         except ConfigError as exc:
             raise ConfigError(f"{where}: {exc}") from None
         for key, name in (("name", disk.name), ("top-id", disk.top_id)):
@@ -139,15 +156,45 @@ def check_config(config: Config, directory: Path) -> Config:
             if file in files:
                 raise ConfigError(f"{where} key '{key}': {file} is also {files[file]}")
             files[file] = f"the {key} of [[disk]] {number}"
+    if server.default_export is not None and server.default_export not in taken:
+        raise ConfigError(
+            f"[server] key 'default-export': there is no export '{server.default_export}'"
+        )
     return config
 
 
 def _absolute_socket(uri: str, directory: Path) -> str:
     """A unix URI with the path of its socket made absolute; any other URI as it is."""
-    scheme, query, path = uri.partition("?socket=")
-    if not query or path.startswith(("/", "%2F", "%2f")):
-        return uri
-    return f"{scheme}{query}{quote(str(directory))}/{path}"
+    absolute = f"{quote(str(directory))}/"
+    return re.sub(r"([?&]socket=)(?!/|%2[Ff])", lambda match: match[1] + absolute, uri, count=1)
+
+
+def _check_tls(tls: TlsConfig, directory: Path) -> None:
+    if tls.certificate is None and tls.psk is None:
+        raise ConfigError("[tls]: needs key 'certificate', or 'psk'")
+    if tls.certificate is None:
+        for key in ("key", "client_ca"):
+            if getattr(tls, key) is not None:
+                name = key.replace("_", "-")
+                raise ConfigError(f"[tls] key '{name}': without key 'certificate' it means nothing")
+    for key in ("certificate", "key", "client_ca", "psk"):
+        path = getattr(tls, key)
+        if path is not None:
+            if not path or "\0" in path:
+                raise ConfigError(f"[tls] key '{key.replace('_', '-')}': needs the path of a file")
+            setattr(tls, key, str(directory / path))
+
+
+def _check_allow(disk: DiskConfig, tls: TlsConfig | None) -> None:
+    for key in ("allow", "top_allow"):
+        if getattr(disk, key) is None:
+            continue
+        if tls is None or (tls.client_ca is None and tls.psk is None):
+            name = key.replace("_", "-")
+            raise ConfigError(
+                f"key '{name}': clients are known by their certificates, which needs"
+                " [tls] key 'client-ca'"
+            )
 
 
 def _check_disk(disk: DiskConfig, directory: Path) -> None:

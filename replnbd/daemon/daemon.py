@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
 from replnbd.block import BlockNode
 from replnbd.control import ControlServer
 from replnbd.daemon.activation import PassedSockets
-from replnbd.daemon.config import Config
+from replnbd.daemon.config import Config, TlsConfig
 from replnbd.daemon.describe import describe_node, disk_nodes, disk_status
 from replnbd.daemon.images import open_disk
 from replnbd.daemon.recovery import (
@@ -34,7 +34,7 @@ from replnbd.replication import (
     primary_changes,
     standby_changes,
 )
-from replnbd.server import DirtyBitmap, Export, NbdServer
+from replnbd.server import Export, NbdServer, Tls, TlsFiles, parse_listen_uri
 from replnbd.version import __version__
 
 log = logging.getLogger(__name__)
@@ -54,12 +54,18 @@ class Daemon:
     """
 
     def __init__(self, config: Config, passed: PassedSockets | None = None) -> None:
-        """`passed`: sockets to serve on instead of those of the configuration."""
+        """`passed`: sockets to serve on instead of those of the configuration.
+
+        Raises ConfigError if the credentials of its table [tls] cannot be used."""
         self.config = config
         self._passed = passed or PassedSockets()
         self.events = EventBus()
         self.jobs_registry = JobRegistry()
-        self.server = NbdServer(self.events)
+        self.server = NbdServer(
+            self.events,
+            tls=_credentials(config.tls),
+            default_export=config.server.default_export or config.disk[0].name,
+        )
         self.group = Group(())
         self._past: Past | None = None
         self.quit_requested = asyncio.Event()
@@ -216,10 +222,7 @@ class Daemon:
             raise ControlError(f"Cannot find device='{device}' nor node-name='{device}'")
         if name in self.server.exports:
             raise ControlError(f"Block export id '{name}' is already in use")
-        export = Export(
-            name, node, description or "", writable, bitmaps=_bitmaps(self.group.disks, node)
-        )
-        self.server.add_export(export)
+        self.server.add_export(self._new_export(name, node, description or "", writable))
         for disk in self.group.disks:
             if disk.promoted and node is disk.primary:
                 await self.server.fence(name, disk.fence_reason)
@@ -250,7 +253,9 @@ class Daemon:
             self._control = ControlServer(self, control, passed.control)
             await self._control.start()
         for sock in passed.nbd:
-            await self.server.listen_on(sock)
+            # With TLS as the first of the addresses that they take the place of.
+            tls = parse_listen_uri(self.config.server.listen[0]).tls
+            await self.server.listen_on(sock, tls)
         if passed.nbd:
             log.info("[server] key 'listen' is not used: sockets were passed to us")
             return
@@ -311,12 +316,25 @@ class Daemon:
     def _export_disk(self, disk: StandbyDisk) -> None:
         disk.on_fence = self._fence
         disk.on_unfence = self._unfence
-        for name, node, description in (
-            (disk.name, disk.primary, f"secondary disk of {disk.name}: the primary writes here"),
-            (disk.top_id, disk.standby, f"the standby's view of {disk.name}"),
-        ):
-            bitmaps = _bitmaps([disk], node)
-            self.server.add_export(Export(name, node, description, bitmaps=bitmaps))
+        written = f"secondary disk of {disk.name}: the primary writes here"
+        viewed = f"the standby's view of {disk.name}"
+        self.server.add_export(self._new_export(disk.name, disk.primary, written))
+        self.server.add_export(self._new_export(disk.top_id, disk.standby, viewed))
+
+    def _new_export(
+        self, name: str, node: BlockNode, description: str, writable: bool = True
+    ) -> Export:
+        """An export of a gate, whatever it is called: with the bitmap and the allow-list of it."""
+        for disk, config in zip(self.group.disks, self.config.disk, strict=True):
+            if node is disk.primary:
+                changes, allow = partial(primary_changes, disk), config.allow
+            elif node is disk.standby:
+                changes, allow = partial(standby_changes, disk), config.top_allow
+            else:
+                continue
+            bitmaps = {CHECKPOINT_BITMAP: changes}
+            return Export(name, node, description, writable, bitmaps=bitmaps, allow=allow)
+        raise AssertionError(f"{node.name} is not a node to export")
 
     def _fence(self, disk: StandbyDisk) -> None:
         # Called while the disk is drained; closing the connections waits for their requests,
@@ -345,11 +363,7 @@ class Daemon:
             raise StateError("NBD server not running")
 
 
-def _bitmaps(disks: Iterable[StandbyDisk], node: BlockNode) -> dict[str, DirtyBitmap]:
-    """The dirty bitmaps of an export of `node`, one of the two of a disk."""
-    for disk in disks:
-        if node is disk.primary:
-            return {CHECKPOINT_BITMAP: partial(primary_changes, disk)}
-        if node is disk.standby:
-            return {CHECKPOINT_BITMAP: partial(standby_changes, disk)}
-    raise AssertionError(f"{node.name} is not a node to export")
+def _credentials(config: TlsConfig | None) -> Tls | None:
+    if config is None:
+        return None
+    return Tls(TlsFiles(config.certificate, config.key, config.client_ca, config.psk))

@@ -26,6 +26,10 @@ class ClientIdentity:
     secure: bool = False
     names: frozenset[str] = frozenset()
 
+    def __str__(self) -> str:
+        names = ", ".join(f"'{name}'" for name in sorted(self.names))
+        return names or "clients without a certificate"
+
 
 @dataclass(frozen=True, slots=True)
 class ExportOffer:

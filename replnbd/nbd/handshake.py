@@ -33,14 +33,13 @@ from replnbd.nbd.constants import (
     OPTIONS_MAX,
     ClientFlag,
     HandshakeFlag,
-    Info,
     Option,
     OptionReply,
     TransmissionFlag,
     option_name,
 )
 from replnbd.nbd.directory import ClientIdentity, ExportDirectory, ExportOffer, TlsMode
-from replnbd.nbd.messages import InfoRequest, option_error, option_reply
+from replnbd.nbd.messages import describe_export, option_error, option_reply
 from replnbd.nbd.metadata import list_contexts, set_contexts
 from replnbd.nbd.replies import (
     EXTENDED_REPLIES,
@@ -95,6 +94,11 @@ class Handshake:
         self._replies: Replies = SIMPLE_REPLIES
         self._contexts: tuple[str, tuple[str, ...]] = ("", ())
         """Export name and contexts of the last SET_META_CONTEXT."""
+
+    @property
+    def identity(self) -> ClientIdentity:
+        """What is known of the client."""
+        return self._identity
 
     @property
     def unconsumed(self) -> bytes:
@@ -238,7 +242,9 @@ class Handshake:
         if isinstance(found, bytes):
             return None, found
         flags = self._transmission_flags(found)
-        reply = _describe(option, found, flags, request) + option_reply(option, OptionReply.ACK)
+        reply = describe_export(option, found, flags, request) + option_reply(
+            option, OptionReply.ACK
+        )
         return found, reply
 
     def _find(self, option: int, name: str) -> ExportOffer | bytes:
@@ -364,24 +370,6 @@ class Handshake:
             self._received.clear()
             yield None
         del self._received[:length]
-
-
-def _describe(option: int, offer: ExportOffer, flags: int, request: InfoRequest) -> bytes:
-    """The INFO replies: EXPORT and BLOCK_SIZE always, texts to who asked for them."""
-    sizes = {
-        "minimum": c.BLOCK_SIZE_MIN,
-        "preferred": c.BLOCK_SIZE_PREFERRED,
-        "maximum": c.PAYLOAD_BYTES_MAX,
-    }
-    items = [
-        messages.INFO_EXPORT.build({"size": offer.size, "flags": flags}),
-        messages.INFO_BLOCK_SIZE.build(sizes),
-    ]
-    texts = ((Info.NAME, offer.name), (Info.DESCRIPTION, offer.description))
-    for kind, text in texts:
-        if kind in request.requests:
-            items.append(messages.INFO_STRING.build({"type": int(kind), "text": text.encode()}))
-    return b"".join(option_reply(option, OptionReply.INFO, bytes(item)) for item in items)
 
 
 def _repeated(option: Option) -> bytes:

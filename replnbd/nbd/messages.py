@@ -27,6 +27,7 @@ from construct import (
 
 from replnbd.errors import ProtocolError
 from replnbd.nbd import constants as c
+from replnbd.nbd.directory import ExportOffer
 
 GREETING = Struct(
     "magic" / Const(c.MAGIC_INIT),
@@ -182,3 +183,22 @@ def option_reply(option: int, reply: c.OptionReply, payload: bytes = b"") -> byt
 def option_error(option: int, reply: c.OptionReply, text: str) -> bytes:
     """An error reply, with a text "suitable for display to the user" of legal length."""
     return option_reply(option, reply, text.encode()[: c.NAME_BYTES_MAX])
+
+
+def describe_export(option: int, offer: ExportOffer, flags: int, request: InfoRequest) -> bytes:
+    """The INFO replies of INFO and GO: EXPORT and BLOCK_SIZE always, texts to who asked for them.
+    `flags`: the transmission flags, as they are for this client."""
+    sizes = {
+        "minimum": c.BLOCK_SIZE_MIN,
+        "preferred": c.BLOCK_SIZE_PREFERRED,
+        "maximum": c.PAYLOAD_BYTES_MAX,
+    }
+    items = [
+        INFO_EXPORT.build({"size": offer.size, "flags": flags}),
+        INFO_BLOCK_SIZE.build(sizes),
+    ]
+    texts = ((c.Info.NAME, offer.name), (c.Info.DESCRIPTION, offer.description))
+    for kind, text in texts:
+        if kind in request.requests:
+            items.append(INFO_STRING.build({"type": int(kind), "text": text.encode()}))
+    return b"".join(option_reply(option, c.OptionReply.INFO, bytes(item)) for item in items)

@@ -45,5 +45,14 @@ from replnbd.server.contexts import DirtyBitmap
 from replnbd.server.export import Export, ExportStats
 from replnbd.server.listener import parse_listen_uri
 from replnbd.server.server import NbdServer
+from replnbd.server.tls import Tls, TlsFiles
 
-__all__ = ["DirtyBitmap", "Export", "ExportStats", "NbdServer", "parse_listen_uri"]
+__all__ = [
+    "DirtyBitmap",
+    "Export",
+    "ExportStats",
+    "NbdServer",
+    "Tls",
+    "TlsFiles",
+    "parse_listen_uri",
+]

@@ -88,8 +88,10 @@ class Connection(asyncio.BufferedProtocol):
         )
         self._requests.start(self._outbox, self._answers)
         # What TLS has encrypted cannot be read past it.
-        secure = transport.get_extra_info("sslcontext") is not None
-        self._busy_poll = BusyPoll(-1 if secure else transport.get_extra_info("socket").fileno())
+        self._secure = transport.get_extra_info("sslcontext") is not None
+        self._busy_poll = BusyPoll(
+            -1 if self._secure else transport.get_extra_info("socket").fileno()
+        )
         transport.set_write_buffer_limits(high=UNSENT_BYTES_MAX)
         self.export.connections.add(self)
         if write_paused:
@@ -116,7 +118,8 @@ class Connection(asyncio.BufferedProtocol):
         """The client will send no more; it may still want its answers, as after DISC."""
         self._peer_done = True
         self.finish()
-        return self.state is State.DRAINING  # if not, the transport may close itself
+        # If not, the transport may close itself; over TLS it does in any case.
+        return self.state is State.DRAINING and not self._secure
 
     def pause_writing(self) -> None:
         self._write_paused = self._requests.hold = True

@@ -7,14 +7,14 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from replnbd.block import BlockNode
 from replnbd.errors import ConfigError
 from replnbd.events import EventBus
-from replnbd.nbd import ExportOffer, Refusal, Request, wire_error
+from replnbd.nbd import ClientIdentity, ExportOffer, Refusal, Request, wire_error
 from replnbd.nbd import constants as c
 from replnbd.server.contexts import DirtyBitmap, contexts_of
 
@@ -84,8 +84,10 @@ class Export:
         writable: bool = True,
         *,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
+        allow: Iterable[str] | None = None,
     ) -> None:
         """`bitmaps`: by name, what the metadata contexts qemu:dirty-bitmap:NAME answer.
+        `allow`: who may use it, by the names in their certificates; None: everybody.
 
         Raises ConfigError for a name or description that the protocol cannot carry."""
         for what, text in (("name", name), ("description", description)):
@@ -97,6 +99,7 @@ class Export:
         self.node = node
         self.description = description
         self.writable = writable
+        self.allow = None if allow is None else frozenset(allow)
         self.refusal: str | None = None
         """Why clients are refused (set by NbdServer.fence); None while they are welcome."""
         self.contexts = contexts_of(bitmaps or {})
@@ -110,14 +113,18 @@ class Export:
         """What clients are told they may do."""
         return _WRITABLE_FLAGS if self.writable else _READ_ONLY_FLAGS
 
-    def offer(self) -> ExportOffer:
-        """The export as the handshake shows it."""
+    def offer(self, client: ClientIdentity) -> ExportOffer:
+        """The export as the handshake shows it to a client."""
+        refusal = self.refusal
+        if self.allow is not None and not self.allow & client.names:
+            refusal = f"export '{self.name}' is not for {client}"
         return ExportOffer(
             self.name,
             self.description,
             self.node.size,
             self.transmission_flags,
-            self.refusal,
+            refusal,
+            needs_tls=self.allow is not None and not client.secure,
             contexts=tuple(self.contexts),
         )
 

@@ -54,3 +54,6 @@ requests on their way learns the reason, and does not just see its connection en
 CACHE_CHUNK = 1 << 20
 CACHE_BYTES_MAX = c.PAYLOAD_BYTES_MAX
 """Of one CACHE request: no more than a READ could ask for."""
+
+TLS_SHUTDOWN_TIMEOUT_S = 5.0
+"""How long a client has to answer the end of TLS, before the connection just ends."""

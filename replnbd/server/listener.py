@@ -2,6 +2,8 @@
 
     nbd://HOST[:PORT][/]            TCP; PORT is 10809 if not given, 0 for any free one
     nbd+unix:///?socket=PATH        a unix socket
+    nbds://... nbds+unix://...      the same, and clients must use TLS
+    nbd://HOST?tls=on               clients may use TLS; also "off" (the default) and "require"
 
 The scheme follows the NBD project's doc/uri.md; an export name in it makes no sense for a
 listener, because all exports are on all listeners. A socket that somebody else has bound and
@@ -20,6 +22,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
 from replnbd.errors import ConfigError
+from replnbd.nbd import TlsMode
 
 DEFAULT_PORT = 10809
 BACKLOG = 512
@@ -32,6 +35,7 @@ class TcpAddress:
 
     host: str
     port: int
+    tls: TlsMode = TlsMode.OFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +43,17 @@ class UnixAddress:
     """The path of a unix socket."""
 
     path: str
+    tls: TlsMode = TlsMode.OFF
 
 
 @dataclass(slots=True)
 class BoundSocket:
-    """A listening socket, the URI that leads to it, and what it left in the file system."""
+    """A listening socket, the URI that leads to it, what its clients get of TLS, and what it left
+    in the file system."""
 
     sock: socket.socket
     uri: str
+    tls: TlsMode = TlsMode.OFF
     path: str | None = None
     inode: tuple[int, int] | None = None
 
@@ -68,9 +75,7 @@ def parse_listen_uri(uri: str) -> TcpAddress | UnixAddress:
         port = parts.port
     except ValueError as exc:
         raise ConfigError(f"cannot listen on {uri}: {exc}") from exc
-    if parts.scheme in ("nbds", "nbds+unix", "nbds+vsock"):
-        raise ConfigError(f"cannot listen on {uri}: TLS is not available yet")
-    if parts.scheme not in ("nbd", "nbd+unix"):
+    if parts.scheme not in ("nbd", "nbd+unix", "nbds", "nbds+unix"):
         raise ConfigError(
             f"cannot listen on {uri}: not an NBD URI (nbd://HOST:PORT or nbd+unix:///?socket=PATH)"
         )
@@ -82,14 +87,28 @@ def parse_listen_uri(uri: str) -> TcpAddress | UnixAddress:
         query = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
     except ValueError as exc:
         raise ConfigError(f"cannot listen on {uri}: {exc}") from exc
-    if parts.scheme == "nbd":
+    tls = _tls_mode(uri, parts.scheme, query.pop("tls", []))
+    if parts.scheme in ("nbd", "nbds"):
         if query:
             raise ConfigError(f"cannot listen on {uri}: unknown parameter {next(iter(query))!r}")
-        return TcpAddress(parts.hostname or "localhost", DEFAULT_PORT if port is None else port)
-    return _unix_address(uri, parts.netloc, query)
+        port = DEFAULT_PORT if port is None else port
+        return TcpAddress(parts.hostname or "localhost", port, tls)
+    return _unix_address(uri, parts.netloc, query, tls)
 
 
-def _unix_address(uri: str, netloc: str, query: dict[str, list[str]]) -> UnixAddress:
+def _tls_mode(uri: str, scheme: str, values: list[str]) -> TlsMode:
+    if scheme.startswith("nbds"):
+        if values not in ([], ["require"]):
+            raise ConfigError(f"cannot listen on {uri}: nbds demands TLS")
+        return TlsMode.REQUIRE
+    try:
+        (value,) = values or ["off"]
+        return TlsMode(value)
+    except ValueError:
+        raise ConfigError(f"cannot listen on {uri}: tls must be off, on or require") from None
+
+
+def _unix_address(uri: str, netloc: str, query: dict[str, list[str]], tls: TlsMode) -> UnixAddress:
     paths = query.pop("socket", [])
     if netloc or len(paths) != 1 or query:
         raise ConfigError(f"cannot listen on {uri}: it must read nbd+unix:///?socket=PATH")
@@ -98,7 +117,7 @@ def _unix_address(uri: str, netloc: str, query: dict[str, list[str]]) -> UnixAdd
         raise ConfigError(
             f"cannot listen on {uri}: the path is longer than {_UNIX_PATH_BYTES_MAX} bytes"
         )
-    return UnixAddress(path)
+    return UnixAddress(path, tls)
 
 
 async def bind_uri(uri: str, *, socket_mode: int | None = None) -> list[BoundSocket]:
@@ -110,20 +129,23 @@ async def bind_uri(uri: str, *, socket_mode: int | None = None) -> list[BoundSoc
     address = parse_listen_uri(uri)
     try:
         if isinstance(address, UnixAddress):
-            return [_bind_unix(uri, address.path, socket_mode)]
+            return [_bind_unix(uri, address, socket_mode)]
         return await _bind_tcp(address)
     except OSError as exc:
         raise ConfigError(f"cannot listen on {uri}: {_reason(exc)}") from exc
 
 
-def adopt(sock: socket.socket) -> BoundSocket:
+def adopt(sock: socket.socket, tls: TlsMode = TlsMode.OFF) -> BoundSocket:
     """A socket that listens already; the file of a unix socket stays its owner's."""
+    scheme = "nbds" if tls is TlsMode.REQUIRE else "nbd"
     if sock.family == socket.AF_UNIX:
         path = os.fsdecode(sock.getsockname())
-        return BoundSocket(sock, f"nbd+unix:///?socket={quote(path, safe='/')}")
+        uri = f"{scheme}+unix:///?socket={quote(path, safe='/')}"
+        return BoundSocket(sock, f"{uri}&tls=on" if tls is TlsMode.ON else uri, tls)
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if sock.family == socket.AF_INET6 else host
-    return BoundSocket(sock, f"nbd://{shown}:{port}")
+    uri = f"{scheme}://{shown}:{port}"
+    return BoundSocket(sock, f"{uri}?tls=on" if tls is TlsMode.ON else uri, tls)
 
 
 async def _bind_tcp(address: TcpAddress) -> list[BoundSocket]:
@@ -145,7 +167,7 @@ async def _bind_tcp(address: TcpAddress) -> list[BoundSocket]:
                 unusable = exc
                 continue
             port = sock.getsockname()[1]  # port 0: the same free port on every address
-            bound.append(adopt(sock))
+            bound.append(adopt(sock, address.tls))
         if not bound:
             raise unusable or OSError(errno.EADDRNOTAVAIL, "the host has no address")
     except BaseException:
@@ -172,7 +194,8 @@ def _listening_socket(
     return sock
 
 
-def _bind_unix(uri: str, path: str, mode: int | None) -> BoundSocket:
+def _bind_unix(uri: str, address: UnixAddress, mode: int | None) -> BoundSocket:
+    path = address.path
     _remove_stale(uri, path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -181,7 +204,7 @@ def _bind_unix(uri: str, path: str, mode: int | None) -> BoundSocket:
             os.chmod(path, mode)  # nobody can connect before listen()
         sock.listen(BACKLOG)
         sock.setblocking(False)
-        bound = adopt(sock)
+        bound = adopt(sock, address.tls)
         bound.path, bound.inode = os.path.abspath(path), _inode(path)
         return bound
     except BaseException:

@@ -8,9 +8,10 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from replnbd.errors import ProtocolError
-from replnbd.nbd import ExportDirectory, Handshake, Outcome
-from replnbd.server.limits import UNIX_SEND_BUFFER
+from replnbd.errors import ConfigError, ProtocolError
+from replnbd.nbd import ExportDirectory, Handshake, Outcome, TlsMode
+from replnbd.server.limits import TLS_SHUTDOWN_TIMEOUT_S, UNIX_SEND_BUFFER
+from replnbd.server.tls import Tls, describe_failure
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,15 @@ class Negotiation(asyncio.BufferedProtocol):
         on_chosen: Callable[[Negotiation, Outcome], None],
         on_closed: Callable[[Negotiation], None],
         *,
+        tls_mode: TlsMode = TlsMode.OFF,
+        tls: Tls | None = None,
         timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
-        self._handshake = Handshake(directory)
+        """`tls`: credentials, unless `tls_mode` is OFF."""
+        self._handshake = Handshake(directory, tls_mode)
+        self._tls = tls
+        self._upgrade: asyncio.Task[None] | None = None
+        self._decrypted = bytearray()  # what came while the upgrade was not over for us
         self._serial = serial
         self._on_chosen = on_chosen
         self._on_closed = on_closed
@@ -42,6 +49,11 @@ class Negotiation(asyncio.BufferedProtocol):
         self.peer = f"client {serial}"
         self.write_paused = False
         self.transport: asyncio.Transport | None = None
+
+    @property
+    def secure(self) -> bool:
+        """Whether TLS runs."""
+        return self._handshake.identity.secure
 
     @property
     def early(self) -> bytes:
@@ -62,6 +74,10 @@ class Negotiation(asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self._upgrade is not None:
+            # TLS is ready, and has something for us, before `_start_tls` is woken.
+            self._decrypted += self._buffer[:nbytes]
+            return
         self._handshake.receive(self._buffer[:nbytes])
         self._advance()
 
@@ -72,16 +88,23 @@ class Negotiation(asyncio.BufferedProtocol):
         self.write_paused = False
         asyncio.get_running_loop().call_soon(self._advance)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline.cancel()
-        self.transport = None
-        log.debug("%s: left in the handshake", self.peer)
-        self._on_closed(self)
+    def eof_received(self) -> None:
+        # Nobody hangs up half-way in a handshake: the transport closes itself.
+        return
 
-    def close(self) -> None:
-        """Hang up, after what is to be sent already."""
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost()
+
+    def _lost(self) -> None:
+        self._deadline.cancel()
         if self.transport is not None:
-            self.transport.close()
+            self.transport = None
+            log.debug("%s: left in the handshake", self.peer)
+            self._on_closed(self)
+
+    def shut_down(self) -> None:
+        """Refuse whatever it asks for from now on."""
+        self._handshake.shutting_down = True
 
     def abort(self) -> None:
         """Hang up at once."""
@@ -94,7 +117,7 @@ class Negotiation(asyncio.BufferedProtocol):
 
     def _advance(self) -> None:
         transport = self.transport
-        if transport is None or transport.is_closing():
+        if transport is None or transport.is_closing() or self._upgrade is not None:
             return
         try:
             while not self.write_paused and (reply := self._handshake.advance()) is not None:
@@ -104,7 +127,11 @@ class Negotiation(asyncio.BufferedProtocol):
             transport.close()
             return
         outcome = self._handshake.outcome
-        if outcome is None:
+        if self._handshake.tls_wanted:
+            # Nothing may be read as clear text any more; `start_tls` resumes.
+            self._read_if(False)
+            self._upgrade = asyncio.get_running_loop().create_task(self._start_tls(transport))
+        elif outcome is None:
             self._read_if(not self.write_paused)
         elif outcome.export is None:
             log.info("%s: closed in the handshake: %s", self.peer, outcome.reason)
@@ -113,6 +140,34 @@ class Negotiation(asyncio.BufferedProtocol):
             self._deadline.cancel()
             self._read_if(True)
             self._on_chosen(self, outcome)
+
+    async def _start_tls(self, transport: asyncio.Transport) -> None:
+        assert self._tls is not None, "a listener that offers TLS has credentials"
+        loop = asyncio.get_running_loop()
+        try:
+            session = self._tls.session(transport.get_extra_info("socket").fileno())
+            secure = await loop.start_tls(
+                transport, self, session.context, server_side=True,
+                ssl_handshake_timeout=self._timeout_s, ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT_S,
+            )  # fmt: skip
+        except (OSError, ConfigError) as exc:  # ssl.SSLError and TimeoutError are OSErrors
+            log.info("%s: closed, TLS failed: %s", self.peer, describe_failure(exc))
+            transport.abort()
+            self._lost()
+            return
+        finally:
+            self._upgrade = None
+        if secure is None or self.transport is None:  # it hung up meanwhile
+            self._lost()
+            return
+        self.transport = secure
+        self._reading_paused = False
+        names = session.names(secure.get_extra_info("ssl_object"))
+        self._handshake.tls_started(names)
+        log.debug("%s: TLS (%s)", self.peer, self._handshake.identity)
+        self._handshake.receive(self._decrypted)
+        self._decrypted.clear()
+        self._advance()
 
     def _read_if(self, wanted: bool) -> None:
         """Read from the client only while it reads from us."""

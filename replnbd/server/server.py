@@ -8,17 +8,19 @@ import resource
 import socket
 import sys
 from collections.abc import Coroutine, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
-from replnbd.errors import StateError
+from replnbd.errors import ConfigError, StateError
 from replnbd.events import EventBus
-from replnbd.nbd import ClientIdentity, ExportOffer, Outcome
+from replnbd.nbd import ClientIdentity, ExportOffer, Outcome, TlsMode
 from replnbd.server.connection import Connection, State
 from replnbd.server.export import Export
-from replnbd.server.listener import BACKLOG, BoundSocket, adopt, bind_uri
+from replnbd.server.listener import BACKLOG, BoundSocket, adopt, bind_uri, parse_listen_uri
 from replnbd.server.negotiation import HANDSHAKE_TIMEOUT_S, Negotiation
 from replnbd.server.slabs import Pool
+from replnbd.server.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class NbdServer:
         self,
         bus: EventBus,
         *,
+        tls: Tls | None = None,
+        default_export: str | None = None,
         connections_max: int = CONNECTIONS_MAX,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
@@ -48,6 +52,8 @@ class NbdServer:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._connections_max = min(connections_max, descriptors * 3 // 4)
         self._handshake_timeout_s = handshake_timeout_s
+        self._tls = tls
+        self._default_export = default_export
         self._exports: dict[str, Export] = {}
         self._listeners: list[tuple[asyncio.AbstractServer, BoundSocket]] = []
         self._negotiations: set[Negotiation] = set()
@@ -125,12 +131,14 @@ class NbdServer:
 
     def offers(self, client: ClientIdentity) -> Iterable[ExportOffer]:
         """What LIST shows, in the order the exports were added."""
-        return [export.offer() for export in self._exports.values()]
+        return [export.offer(client) for export in self._exports.values()]
 
     def offer(self, name: str, client: ClientIdentity) -> ExportOffer | None:
-        """What INFO and GO show."""
+        """What INFO and GO show; "" is the default export, unless one has that name."""
         export = self._exports.get(name)
-        return None if export is None else export.offer()
+        if export is None and not name and self._default_export is not None:
+            export = self._exports.get(self._default_export)
+        return None if export is None else export.offer(client)
 
     # Section: listeners and clients
 
@@ -140,35 +148,44 @@ class NbdServer:
         `socket_mode`: of a unix socket's file. Raises ConfigError, naming the URI, if that cannot
         be.
         """
-        if self._closed:
-            raise StateError("NBD server not running")
+        self._check_open()
+        self._check_credentials(uri, parse_listen_uri(uri).tls)
         bound = await bind_uri(uri, socket_mode=socket_mode)
         for each in bound:
             await self._accept_on(each)
             log.info("listening on %s", each.uri)
         return [each.uri for each in bound]
 
-    async def listen_on(self, sock: socket.socket) -> str:
+    async def listen_on(self, sock: socket.socket, tls: TlsMode = TlsMode.OFF) -> str:
         """Accept clients on a stream socket that listens already, from a service manager say;
         returns its URI. The server closes it; a unix socket's file stays."""
-        if self._closed:
-            raise StateError("NBD server not running")
-        bound = adopt(sock)
+        self._check_open()
+        bound = adopt(sock, tls)
+        self._check_credentials(bound.uri, tls)
         await self._accept_on(bound)
         log.info("listening on %s, a socket that was passed to us", bound.uri)
         return bound.uri
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError("NBD server not running")
+
+    def _check_credentials(self, uri: str, tls: TlsMode) -> None:
+        if tls is not TlsMode.OFF and self._tls is None:
+            raise ConfigError(f"cannot listen on {uri}: TLS needs credentials, a table [tls]")
+
     async def _accept_on(self, bound: BoundSocket) -> None:
         loop = asyncio.get_running_loop()
+        new_client = partial(self._new_client, bound.tls)
         if bound.sock.family == socket.AF_UNIX:
             listener: asyncio.AbstractServer = await loop.create_unix_server(
-                self._new_client, sock=bound.sock, backlog=BACKLOG, **_KEEP_FILE
+                new_client, sock=bound.sock, backlog=BACKLOG, **_KEEP_FILE
             )
         else:
-            listener = await loop.create_server(self._new_client, sock=bound.sock, backlog=BACKLOG)
+            listener = await loop.create_server(new_client, sock=bound.sock, backlog=BACKLOG)
         self._listeners.append((listener, bound))
 
-    def _new_client(self) -> asyncio.BaseProtocol:
+    def _new_client(self, tls: TlsMode) -> asyncio.BaseProtocol:
         if len(self._negotiations) + len(self._connections) >= self._connections_max:
             self._refused += 1
             if self._refused & (self._refused - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
@@ -184,6 +201,8 @@ class NbdServer:
             self._serial,
             self._begin_transmission,
             self._negotiations.discard,
+            tls_mode=tls,
+            tls=self._tls,
             timeout_s=self._handshake_timeout_s,
         )
         self._negotiations.add(negotiation)
@@ -200,10 +219,11 @@ class NbdServer:
         )
         self._connections.add(connection)
         log.info(
-            "%s: uses export %s (%s replies)",
+            "%s: uses export %s (%s replies%s)",
             negotiation.peer,
             export.name,
             outcome.replies.name,
+            ", TLS" if negotiation.secure else "",
         )
         connection.start(transport, negotiation.early, write_paused=negotiation.write_paused)
 
@@ -221,13 +241,16 @@ class NbdServer:
             listener.close()
             bound.unlink()
         self._listeners.clear()
-        for negotiation in tuple(self._negotiations):
-            negotiation.abort()
+        for negotiation in self._negotiations:
+            negotiation.shut_down()
         leaving = tuple(self._connections)
         for connection in leaving:
             connection.refuse("the server is shutting down")
         patience_s = min(HANG_UP_S, timeout_s)
-        if await _all_closed(leaving, patience_s):
+        all_closed = await _all_closed(leaving, patience_s)
+        for negotiation in tuple(self._negotiations):
+            negotiation.abort()
+        if all_closed:
             return
         for connection in leaving:
             if connection.state is State.LINGERING and not connection.unsent_bytes:

@@ -281,7 +281,7 @@ async def test_a_control_socket_that_cannot_be_is_refused(
 URIS = {
     "http://localhost": "not an NBD URI (nbd://HOST:PORT or nbd+unix:///?socket=PATH)",
     "/run/nbd.sock": "not an NBD URI (nbd://HOST:PORT or nbd+unix:///?socket=PATH)",
-    "nbds://localhost": "TLS is not available yet",
+    "nbds://localhost": "TLS needs credentials, a table [tls]",
     "nbd://localhost:99999": "Port out of range 0-65535",
     "nbd://localhost:port": "Port could not be cast to integer value as 'port'",
     "nbd://[::1": "Invalid IPv6 URL",

@@ -7,12 +7,14 @@
     Process        a child process that is always killed, with its stderr in every failure
     QemuSecondary  QEMU 7.2 with its own replication filter: the oracle
     ReplnbdDaemon  `replnbd serve` on a configuration of the test
+    Authority      signs certificates for tests of TLS
     run_replnbd    any `replnbd` command, run to its end
 
 Everything here is synchronous and takes deadlines in seconds; nothing imports replnbd, so that
 what judges the code shares none of it.
 """
 
+from peers.certificates import Authority, Credentials
 from peers.command import REPLNBD, Done, fingerprints, refusal, run_replnbd
 from peers.disk import Disk, DiskFormat, qemu_img
 from peers.nbd_client import NbdClient, NbdExport, NbdReplyError, list_exports
@@ -25,6 +27,8 @@ from peers.replnbd import ReplnbdDaemon, ReplnbdDisk
 __all__ = [
     "REPLNBD",
     "Answer",
+    "Authority",
+    "Credentials",
     "Disk",
     "DiskFormat",
     "Done",

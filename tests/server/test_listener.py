@@ -13,6 +13,7 @@ from server_wire import on_both_loops
 
 from replnbd.errors import ConfigError, StateError
 from replnbd.events import EventBus
+from replnbd.nbd import TlsMode
 from replnbd.server import NbdServer, parse_listen_uri
 from replnbd.server.listener import BACKLOG, TcpAddress, UnixAddress
 
@@ -28,6 +29,11 @@ from replnbd.server.listener import BACKLOG, TcpAddress, UnixAddress
         ("nbd://", TcpAddress("localhost", 10809)),
         ("nbd+unix:///?socket=/run/a%20b.sock", UnixAddress("/run/a b.sock")),
         ("nbd+unix:///?socket=relative.sock", UnixAddress("relative.sock")),
+        ("nbds://standby", TcpAddress("standby", 10809, TlsMode.REQUIRE)),
+        ("nbd://standby?tls=on", TcpAddress("standby", 10809, TlsMode.ON)),
+        ("nbd://standby/?tls=require", TcpAddress("standby", 10809, TlsMode.REQUIRE)),
+        ("nbds+unix:///?socket=/x", UnixAddress("/x", TlsMode.REQUIRE)),
+        ("nbd+unix:///?tls=on&socket=/x", UnixAddress("/x", TlsMode.ON)),
     ],
 )
 def test_uri(uri: str, address: TcpAddress | UnixAddress) -> None:
@@ -37,8 +43,11 @@ def test_uri(uri: str, address: TcpAddress | UnixAddress) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("nbds://host", "TLS is not available yet"),
-        ("nbds+unix:///?socket=/x", "TLS is not available yet"),
+        ("nbds://host?tls=on", "nbds demands TLS"),
+        ("nbds+unix:///?socket=/x&tls=off", "nbds demands TLS"),
+        ("nbd://host?tls=maybe", "tls must be off, on or require"),
+        ("nbd://host?tls=on&tls=on", "tls must be off, on or require"),
+        ("nbds+vsock://2", "not an NBD URI"),
         ("http://host", "not an NBD URI"),
         ("127.0.0.1:10809", "not an NBD URI"),
         ("", "not an NBD URI"),

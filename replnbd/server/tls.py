@@ -1,0 +1,207 @@
+"""TLS for NBD: credentials from files, and who a client is.
+
+X.509: a certificate and its key; with a client CA, clients must show a certificate that it signed.
+PSK: a file of lines USER:HEX-KEY, as GnuTLS's psktool writes; it needs Python 3.13.
+"""
+
+from __future__ import annotations
+
+import binascii
+import os
+import ssl
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+from replnbd.errors import ConfigError
+
+PSK_AVAILABLE = hasattr(ssl.SSLContext, "set_psk_server_callback")
+_PSK_BYTES_MAX = 256  # OpenSSL's PSK_MAX_PSK_LEN
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Paths of PEM files, and of the PSK file. `certificate` and `key` come together."""
+
+    certificate: str | None = None
+    key: str | None = None
+    client_ca: str | None = None
+    psk: str | None = None
+
+
+class _Context(ssl.SSLContext):
+    """For one client. A loop that sees a TLS handshake fail drops the connection, and with it the
+    alert that would have told the client why: this one sends it first."""
+
+    user: str | None = None
+    """By whose key the client came in."""
+    fd = -1
+    """Of the client's socket."""
+    _outgoing: ssl.MemoryBIO
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        self._outgoing = outgoing
+        return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
+
+    def send_alert(self) -> None:
+        """What the failed handshake had to say."""
+        try:
+            os.write(self.fd, self._outgoing.read())
+        except OSError:
+            pass  # it does not listen any more
+
+
+class _SslObject(ssl.SSLObject):
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError:
+            context = self.context
+            assert isinstance(context, _Context)
+            context.send_alert()
+            raise
+
+
+class TlsSession:
+    """TLS of one client: `context` is for it alone."""
+
+    def __init__(self, context: _Context) -> None:
+        self.context = context
+
+    def names(self, peer: ssl.SSLObject) -> frozenset[str]:
+        """Who the client is: the common name and the DNS names of its certificate, or the user of
+        its key. Empty if it showed none."""
+        if self.context.user is not None:
+            return frozenset([self.context.user])
+        certificate: dict[str, Any] = peer.getpeercert() or {}
+        names = [
+            value
+            for part in certificate.get("subject", ())
+            for key, value in part
+            if key == "commonName"
+        ]
+        names += [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
+        return frozenset(names)
+
+
+class Tls:
+    """Credentials in files. They are read for each client (0.5 ms), so that a certificate that was
+    renewed counts from the next client on. Raises ConfigError, in one line, if they cannot be used.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._new_context()
+
+    def session(self, fd: int) -> TlsSession:
+        """For one more client, whose socket is `fd`. Raises ConfigError."""
+        context = self._new_context()
+        context.fd = fd
+        return TlsSession(context)
+
+    def _new_context(self) -> _Context:
+        context = _Context(ssl.PROTOCOL_TLS_SERVER)
+        context.sslobject_class = _SslObject
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        files = self._files
+        if files.certificate is not None:
+            _load_certificate(context, files.certificate, files.key or files.certificate)
+        if files.client_ca is not None:
+            _load_client_ca(context, files.client_ca)
+        if files.psk is not None:
+            keys = _read_keys(files.psk)
+
+            def key_of(user: str | None) -> bytes:
+                context.user = user
+                return keys.get(user or "", b"")  # no key: OpenSSL refuses
+
+            context.set_psk_server_callback(key_of, "replnbd")  # type: ignore[attr-defined]
+            context.set_ciphers("PSK" if files.certificate is None else "DEFAULT:PSK")
+        return context
+
+
+def _load_certificate(context: ssl.SSLContext, certificate: str, key: str) -> None:
+    _check_readable("certificate", certificate)
+    _check_readable("key", key)
+    try:
+        context.load_cert_chain(certificate, key, password=_no_password)
+    except (ssl.SSLError, OSError, ValueError) as exc:
+        raise ConfigError(
+            f"[tls] cannot use certificate {certificate} with key {key}: {_why(exc)}"
+        ) from exc
+
+
+def _load_client_ca(context: ssl.SSLContext, path: str) -> None:
+    _check_readable("client-ca", path)
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_verify_locations(path)
+    except (ssl.SSLError, OSError) as exc:
+        raise ConfigError(f"[tls] key 'client-ca': cannot use {path}: {_why(exc)}") from exc
+
+
+def describe_failure(exc: BaseException) -> str:
+    """Why a TLS handshake failed, for the log."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"the client's certificate was refused: {exc.verify_message}"
+    if isinstance(exc, ssl.SSLError):
+        reason = (exc.reason or str(exc)).replace("_", " ").lower()
+        if "alert" in reason:
+            return f"the client refused: {reason}"
+        return reason
+    if isinstance(exc, ConnectionError):
+        return "the client hung up"
+    return str(exc) or type(exc).__name__
+
+
+def _check_readable(key: str, path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"[tls] key '{key}': {path} is no file")
+    except OSError as exc:
+        raise ConfigError(f"[tls] key '{key}': cannot read {path}: {exc.strerror}") from exc
+
+
+def _read_keys(path: str) -> dict[str, bytes]:
+    if not PSK_AVAILABLE:
+        raise ConfigError("[tls] key 'psk': this Python has no TLS-PSK; it needs 3.13 or later")
+    _check_readable("psk", path)
+    keys: dict[str, bytes] = {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip()
+            if not text or text.startswith("#"):
+                continue
+            user, colon, digits = text.rpartition(":")
+            try:
+                key = binascii.unhexlify(digits)
+            except binascii.Error:
+                key = b""
+            if not (user and colon and 0 < len(key) <= _PSK_BYTES_MAX):
+                raise ConfigError(f"[tls] key 'psk': {path}, line {number}: not USER:HEX-KEY")
+            keys[user] = key
+    if not keys:
+        raise ConfigError(f"[tls] key 'psk': {path} has no keys")
+    return keys
+
+
+def _no_password() -> str:
+    # Without this, OpenSSL asks at the terminal.
+    raise ssl.SSLError("the key is encrypted, and nobody is there to type a password")
+
+
+def _why(exc: OSError | ValueError) -> str:
+    if isinstance(exc, ssl.SSLError):
+        return (exc.reason or str(exc)).replace("_", " ").lower()
+    return getattr(exc, "strerror", None) or str(exc)
