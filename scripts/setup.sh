@@ -40,6 +40,35 @@ need_programs() {
     done
 }
 
+# need_guest_kernel  The kernel that tests boot under QEMU: Debian's own for virtual machines. If it
+# is not installed, it is only unpacked, into .cache: what is installed, this machine boots next.
+need_guest_kernel() {
+    local place=.cache/guest-kernel package=linux-image-cloud-amd64 log
+    if compgen -G "$place/boot/vmlinuz-*-cloud-amd64" || compgen -G "/boot/vmlinuz-*-cloud-amd64"; then
+        return
+    fi >/dev/null
+    say "Unpacking Debian's kernel for virtual machines into $place"
+    log="$(mktemp)"
+    if ! unpack_package "$package" "$place" </dev/null >"$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        rm -f "$log"
+        die "could not unpack a kernel for the guest; as root: apt-get install $package"
+    fi
+    rm -f "$log"
+}
+
+# unpack_package METAPACKAGE DIRECTORY  Fetches what METAPACKAGE depends on, and unpacks it.
+unpack_package() {
+    local package new="$2.new"
+    [ "$(id -u)" -ne 0 ] || [ -n "${APT_UPDATED:-}" ] || apt-get update -q || return
+    package="$(apt-cache depends --important "$1" | sed -n 's/^ *Depends: //p' | head -n 1)"
+    [ -n "$package" ] || return
+    rm -rf "$new" "$2"
+    mkdir -p "$new"
+    (cd "$new" && apt-get download -q "$package" && dpkg -x ./*.deb . && rm ./*.deb) || return
+    mv "$new" "$2" # whole or not at all
+}
+
 install_packages() {
     [ $# -gt 0 ] || return 0
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then

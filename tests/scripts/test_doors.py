@@ -49,6 +49,15 @@ def test_missing_packages_are_named_in_one_line_for_who_cannot_install_them() ->
     assert "apt-get install --no-install-recommends package-a package-b" in done.stderr
 
 
+def test_a_kernel_that_cannot_be_had_is_named_in_one_line(tmp_path: Path) -> None:
+    # Nothing is installed, nothing is unpacked, and there is no list of packages either.
+    alone = f"cd {tmp_path}; compgen() {{ false; }}; apt-cache() {{ false; }}; "
+    done = in_setup_sh(alone + "need_guest_kernel")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "apt-get install linux-image-cloud-amd64" in done.stderr
+
+
 def test_a_python_that_is_too_old_is_named(tmp_path: Path) -> None:
     old = tmp_path / "python3"
     old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.2\nexit 1\n')
