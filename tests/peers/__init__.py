@@ -5,6 +5,7 @@
     RawClient      one that sends any bytes, in all shapes of requests and replies (nbd_wire.py)
     QmpClient      a synchronous QMP client: every answer as it came, events kept
     Process        a child process that is always killed, with its stderr in every failure
+    Guest          a small Linux guest: the kernel's own NBD client
     QemuSecondary  QEMU 7.2 with its own replication filter: the oracle
     ReplnbdDaemon  `replnbd serve` on a configuration of the test
     Authority      signs certificates for tests of TLS
@@ -17,6 +18,7 @@ what judges the code shares none of it.
 from peers.certificates import Authority, Credentials
 from peers.command import REPLNBD, Done, fingerprints, refusal, run_replnbd
 from peers.disk import Disk, DiskFormat, qemu_img
+from peers.guest import Guest
 from peers.nbd_client import NbdClient, NbdExport, NbdReplyError, list_exports
 from peers.nbd_raw import RawClient
 from peers.process import PeerError, Process, wait_until
@@ -32,6 +34,7 @@ __all__ = [
     "Disk",
     "DiskFormat",
     "Done",
+    "Guest",
     "NbdClient",
     "NbdExport",
     "NbdReplyError",
