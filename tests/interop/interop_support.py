@@ -164,9 +164,10 @@ class Standby:
         """The disk's."""
         return str(self.qmp.execute("x-replnbd-status")["disks"][0]["stage"])
 
-    def fail_over(self) -> None:
+    def fail_over(self, target: str = "standby") -> None:
         """Until all is committed."""
-        self.qmp.execute(*FAILOVER)
+        command, arguments = FAILOVER
+        self.qmp.execute(command, arguments | {"x-replnbd-to": target})
         wait_until(lambda: self.stage() != "failover", "the commit")
         assert self.stage() == "done", self.process.failure("the commit failed")
 
