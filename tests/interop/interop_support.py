@@ -122,12 +122,7 @@ class Standby:
         self.disk = disk
         self.nbd_socket = folder / "nbd"
         self.control_socket = folder / "qmp"
-        argv = [*REPLNBD, "secondary", str(disk.secondary), "--format", disk.format]
-        argv += ["--name", disk.name, "--top-id", disk.top_id]
-        argv += ["--hidden", str(disk.hidden), "--active", str(disk.active)]
-        argv += ["--listen", f"nbd+unix:///?socket={self.nbd_socket}"]
-        argv += ["--listen", "nbd://127.0.0.1:0", "--control", str(self.control_socket)]
-        self.process = Process(argv, log=folder / "replnbd.log")
+        self.process = Process(self._command(folder), log=folder / "replnbd.log")
         try:
             self.process.reach(lambda: list_exports(self.nbd_socket))
             self.qmp = self.process.reach(lambda: QmpClient(self.control_socket))
@@ -139,6 +134,15 @@ class Standby:
             if isinstance(exc, OSError):
                 raise PeerError(self.process.failure(str(exc))) from exc
             raise
+
+    def _command(self, folder: Path) -> list[str]:
+        """Listens on `nbd_socket` first, then on a port of 127.0.0.1; all is in `folder`."""
+        disk = self.disk
+        argv = [*REPLNBD, "secondary", str(disk.secondary), "--format", disk.format]
+        argv += ["--name", disk.name, "--top-id", disk.top_id]
+        argv += ["--hidden", str(disk.hidden), "--active", str(disk.active)]
+        argv += ["--listen", f"nbd+unix:///?socket={self.nbd_socket}"]
+        return [*argv, "--listen", "nbd://127.0.0.1:0", "--control", str(self.control_socket)]
 
     def _listening(self) -> list[str]:
         return list(self.qmp.execute("x-replnbd-status")["listen"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,19 @@ class Files:
 class Work:
     """A standby of an empty disk, the guest, and the files that are to be on the disk."""
 
-    def __init__(self, folder: Path, guest: Guest, source: bytes) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        guest: Guest,
+        source: bytes,
+        serve: Callable[[Path, ReplnbdDisk], Standby] = Standby,
+    ) -> None:
         self.folder = folder
         self.guest = guest
         self.source = source
         self.rng = random.Random(fresh_seed())
         self.disk = ReplnbdDisk.create(folder, "colo0", "top0", bytes(SIZE))
-        self.standby = Standby(folder, self.disk)
+        self.standby = serve(folder, self.disk)
         self.files = Files(self.rng, source)
 
     def make_file_system(self, options: str = "") -> None:
