@@ -22,9 +22,11 @@ import bench_bars
 import bench_cells
 import bench_durability
 import bench_events
+import bench_replies
 import bench_report
 import bench_scale
 import bench_slow_disk
+import bench_tls
 from bench_bars import Verdict
 from bench_cells import SECTIONS, Results
 from bench_events import Rows, Settings
@@ -77,6 +79,16 @@ EVENTS = {
     "durability": Event(
         'durability "power" beside "process"',
         bench_durability.durability,
+        lambda _: (),
+    ),
+    "replies": Event(
+        "requests/s by the shape of replies",
+        bench_replies.replies,
+        bench_bars.of_replies,
+    ),
+    "tls": Event(
+        "MiB/s of a plain export over TCP, in clear text and encrypted",
+        bench_tls.tls,
         lambda _: (),
     ),
     "scale": Event(

@@ -18,6 +18,7 @@ RECOVERY_CLUSTERS, RECOVERY_S = 1_000_000, 2.0
 MEMORY_CLUSTERS, MEMORY_MIB = 1_000_000, 150
 GROWTH = 1.1
 FLOOR_SHARE = 0.8  # of the floor: where the page cache bounds the ratio, this is enough
+REPLIES_SHARE = 0.9
 CPU_SHARE = 1 / 3  # of QEMU's
 
 
@@ -188,6 +189,16 @@ def of_recovery(rows: Rows) -> Iterator[Verdict]:
     for row in rows:
         if row["clusters"] == RECOVERY_CLUSTERS:
             yield at_most("recovery, 1,000,000 clusters", row["recovery s"], RECOVERY_S, "s")
+
+
+def of_replies(rows: Rows) -> Iterator[Verdict]:
+    """Structured replies next to simple ones."""
+    for row in rows:
+        ratio = row["structured/simple"]
+        yield Verdict(
+            f"{row['what']}: structured/simple", f"{REPLIES_SHARE} x", f"{ratio:.3g}",
+            ratio >= REPLIES_SHARE,
+        )  # fmt: skip
 
 
 def of_scale(rows: Rows) -> Iterator[Verdict]:

@@ -27,7 +27,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 from replnbd.nbd import constants as c
-from replnbd.nbd.sparse import may_have_holes, runs
+from replnbd.nbd.sparse import HOLE_BLOCK, may_have_holes, runs
 from replnbd.nbd.transmission import (
     EXTENDED_REQUEST_SIZE,
     REQUEST_SIZE,
@@ -47,7 +47,12 @@ _ERROR = struct.Struct(">IH")
 _STATUS = struct.Struct(">I")
 _STATUS_EXT = struct.Struct(">II")
 _OFFSET = struct.Struct(">Q")
-_DATA_FIXED, _HOLE_FIXED = 8, 12  # of the payloads of OFFSET_DATA and OFFSET_HOLE
+
+_DATA_PREFIX, _EXTENDED_DATA_PREFIX = _CHUNK_DATA.size, _EXTENDED_DATA.size
+_STRUCTURED_MAGIC, _EXTENDED_MAGIC = c.STRUCTURED_REPLY_MAGIC, c.EXTENDED_REPLY_MAGIC
+_OFFSET_DATA, _OFFSET_HOLE = c.REPLY_TYPE_OFFSET_DATA, c.REPLY_TYPE_OFFSET_HOLE
+_DONE = c.REPLY_FLAG_DONE
+_pack_data, _pack_extended_data = _CHUNK_DATA.pack_into, _EXTENDED_DATA.pack_into
 
 SIMPLE_REPLY_SIZE = _SIMPLE.size
 assert SIMPLE_REPLY_SIZE == 16
@@ -109,7 +114,7 @@ class StructuredReplies(Replies):
     """Structured replies to compact requests (NBD_OPT_STRUCTURED_REPLY)."""
 
     name = "structured"
-    read_prefix = _CHUNK_DATA.size
+    read_prefix = _DATA_PREFIX
 
     def ack(self, request: Request) -> bytes:
         # "the server ... MUST NOT use a simple reply for NBD_CMD_READ": not for one of length 0.
@@ -128,10 +133,21 @@ class StructuredReplies(Replies):
     def pack_read(
         self, buffer: bytearray, at: int, flags: int, cookie: int, offset: int, length: int
     ) -> int:
+        start = at + _DATA_PREFIX
+        # Nearly always it is one block, or a part of one, with something else than a zero in it.
+        if (
+            buffer[start + length // 3] and offset % HOLE_BLOCK + length <= HOLE_BLOCK
+        ) or not may_have_holes(buffer, start, start + length, offset):
+            _pack_data(
+                buffer, at, _STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, 8 + length, offset
+            )
+            return _DATA_PREFIX + length
+        return self._pack_runs(buffer, at, flags, cookie, offset, length)
+
+    def _pack_runs(
+        self, buffer: bytearray, at: int, flags: int, cookie: int, offset: int, length: int
+    ) -> int:
         start = at + self.read_prefix
-        if not may_have_holes(buffer, start, start + length, offset):
-            self._pack_data(buffer, at, c.REPLY_FLAG_DONE, cookie, offset, offset, length)
-            return self.read_prefix + length
         found = runs(buffer, start, start + length, offset)
         if flags & c.CMD_FLAG_DF and len(found) > 1:
             # "the server MUST use NBD_REPLY_TYPE_OFFSET_DATA with the zeroes explicitly present"
@@ -143,7 +159,7 @@ class StructuredReplies(Replies):
         for begin, end, zero in found:
             where = offset + begin - start
             if end == start + length:
-                done = c.REPLY_FLAG_DONE
+                done = _DONE
             if zero:
                 out += self._pack_hole(buffer, out, done, cookie, offset, where, end - begin)
                 continue
@@ -177,18 +193,14 @@ class StructuredReplies(Replies):
     def _pack_data(
         self, buffer: bytearray, at: int, flags: int, cookie: int, _: int, where: int, length: int
     ) -> None:
-        _CHUNK_DATA.pack_into(
-            buffer, at, c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_TYPE_OFFSET_DATA, cookie,
-            _DATA_FIXED + length, where,
-        )  # fmt: skip
+        _pack_data(buffer, at, _STRUCTURED_MAGIC, flags, _OFFSET_DATA, cookie, 8 + length, where)
 
     def _pack_hole(
         self, buffer: bytearray, at: int, flags: int, cookie: int, _: int, where: int, length: int
     ) -> int:
         _CHUNK_HOLE.pack_into(
-            buffer, at, c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_TYPE_OFFSET_HOLE, cookie,
-            _HOLE_FIXED, where, length,
-        )  # fmt: skip
+            buffer, at, _STRUCTURED_MAGIC, flags, _OFFSET_HOLE, cookie, 12, where, length
+        )
         return _CHUNK_HOLE.size
 
 
@@ -199,7 +211,7 @@ class ExtendedReplies(StructuredReplies):
     request_magic = c.EXTENDED_REQUEST_MAGIC
     request_size = EXTENDED_REQUEST_SIZE
     unpack_request = staticmethod(unpack_extended_request)
-    read_prefix = _EXTENDED_DATA.size
+    read_prefix = _EXTENDED_DATA_PREFIX
     write_flags = c.CMD_FLAG_PAYLOAD_LEN
     ack_size = _EXTENDED.size
 
@@ -208,6 +220,20 @@ class ExtendedReplies(StructuredReplies):
 
     def ack(self, request: Request) -> bytes:
         return self._chunk(request, c.REPLY_TYPE_NONE, b"")
+
+    def pack_read(
+        self, buffer: bytearray, at: int, flags: int, cookie: int, offset: int, length: int
+    ) -> int:
+        # As above, for the sake of 0.2 µs.
+        start = at + _EXTENDED_DATA_PREFIX
+        if (
+            buffer[start + length // 3] and offset % HOLE_BLOCK + length <= HOLE_BLOCK
+        ) or not may_have_holes(buffer, start, start + length, offset):
+            _pack_extended_data(
+                buffer, at, _EXTENDED_MAGIC, _DONE, _OFFSET_DATA, cookie, offset, 8 + length, offset
+            )
+            return _EXTENDED_DATA_PREFIX + length
+        return self._pack_runs(buffer, at, flags, cookie, offset, length)
 
     def pack_ack(self, buffer: bytearray, at: int, cookie: int, offset: int) -> None:
         _EXTENDED.pack_into(
@@ -233,19 +259,17 @@ class ExtendedReplies(StructuredReplies):
         self, buffer: bytearray, at: int, flags: int, cookie: int, asked: int, where: int,
         length: int,
     ) -> None:  # fmt: skip
-        _EXTENDED_DATA.pack_into(
-            buffer, at, c.EXTENDED_REPLY_MAGIC, flags, c.REPLY_TYPE_OFFSET_DATA, cookie, asked,
-            _DATA_FIXED + length, where,
-        )  # fmt: skip
+        _pack_extended_data(
+            buffer, at, _EXTENDED_MAGIC, flags, _OFFSET_DATA, cookie, asked, 8 + length, where
+        )
 
     def _pack_hole(
         self, buffer: bytearray, at: int, flags: int, cookie: int, asked: int, where: int,
         length: int,
     ) -> int:  # fmt: skip
         _EXTENDED_HOLE.pack_into(
-            buffer, at, c.EXTENDED_REPLY_MAGIC, flags, c.REPLY_TYPE_OFFSET_HOLE, cookie, asked,
-            _HOLE_FIXED, where, length,
-        )  # fmt: skip
+            buffer, at, _EXTENDED_MAGIC, flags, _OFFSET_HOLE, cookie, asked, 12, where, length
+        )
         return _EXTENDED_HOLE.size
 
 

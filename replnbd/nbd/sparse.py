@@ -4,8 +4,9 @@ Looked for in the bytes themselves: a node would have to be asked for its holes 
 for a file), and the bytes also tell of zeroes that are stored. Looked for in whole blocks of 4 KiB,
 aligned to the export as file systems are; a shorter piece at either end counts from 512 bytes on.
 
-It costs next to nothing where there are none: of each block only the first byte is looked at, all
-of them by one strided slice (0.1 µs for 4 KiB, 0.2 for 64 KiB, 2 for 1 MiB).
+Where there are none it must cost next to nothing. So a few bytes of each block are looked at first,
+those of all blocks together: 0.2 µs for 4 KiB, 0.3 for 64 KiB, 2 for 1 MiB. Not the first byte of
+each, for blocks of data that begin with a zero are common.
 """
 
 from __future__ import annotations
@@ -15,18 +16,30 @@ HOLE_MIN = 512
 """A shorter hole would save less than its chunk takes."""
 
 _ZEROES = bytes(HOLE_BLOCK)
+_PROBE = HOLE_BLOCK // 3
+_MORE_PROBES = (0, 2 * _PROBE, HOLE_BLOCK - 1)
 
 Run = tuple[int, int, bool]
 """(start, end, zero) of bytes in a buffer."""
 
 
 def may_have_holes(buffer: bytearray, start: int, end: int, offset: int) -> bool:
-    """Whether buffer[start:end], the bytes at `offset` of an export, may have a block of zeroes.
-    False is certain, and quick."""
-    if not buffer[start]:
-        return True
-    first = start + -offset % HOLE_BLOCK  # the first byte of the first whole block
-    return first < end and 0 in buffer[first:end:HOLE_BLOCK]
+    """Whether buffer[start:end], the bytes at `offset` of an export, may have a hole. False is
+    certain, and quick."""
+    first = start + -offset % HOLE_BLOCK  # of the whole blocks
+    last = end - (offset + end - start) % HOLE_BLOCK  # their end
+    if first < last:
+        probes = buffer[first + _PROBE : last : HOLE_BLOCK]
+        if 0 in probes:
+            seen = int.from_bytes(probes, "big")
+            for probe in _MORE_PROBES:
+                seen |= int.from_bytes(buffer[first + probe : last : HOLE_BLOCK], "big")
+            if 0 in seen.to_bytes(len(probes), "big"):
+                return True
+        if first == start and last == end:
+            return False
+    pieces = ((start, min(first, end)), (max(last, start), end))
+    return any(a + HOLE_MIN <= b and not buffer[a] and not buffer[b - 1] for a, b in pieces)
 
 
 def runs(buffer: bytearray, start: int, end: int, offset: int) -> list[Run]:
@@ -35,8 +48,11 @@ def runs(buffer: bytearray, start: int, end: int, offset: int) -> list[Run]:
     position = start
     while position < end:
         stop = min(position + HOLE_BLOCK - (offset + position - start) % HOLE_BLOCK, end)
-        length = stop - position
-        zero = length >= HOLE_MIN and buffer.startswith(_ZEROES[:length], position, stop)
+        zero = (
+            not buffer[position]
+            and stop - position >= HOLE_MIN
+            and buffer.startswith(_ZEROES[: stop - position], position, stop)
+        )
         if found and found[-1][2] == zero:
             found[-1] = (found[-1][0], stop, zero)
         else:
