@@ -37,8 +37,8 @@ def status(answer: dict[str, Any]) -> None:
             "active": size(disk["active-bytes"]),
             "primary wrote": size(disk["primary-bytes-written"]),
             "standby wrote": size(disk["standby-bytes-written"]),
-            "primary clients": disk["primary-connections"],
-            "standby clients": disk["standby-connections"],
+            "primary clients": clients_of(disk, "primary"),
+            "standby clients": clients_of(disk, "standby"),
         }
         if failures := failures_of(disk):
             fields["failed requests"] = failures
@@ -73,6 +73,12 @@ def checkpoint_of(disk: dict[str, Any]) -> str:
         return "none"
     age_s = max(0.0, time.time() - disk["checkpoint-time"])
     return f"{disk['checkpoints']} ({age_s:.0f} s ago)"
+
+
+def clients_of(disk: dict[str, Any], side: str) -> str:
+    """How many clients a side has, and of how many it may have."""
+    count, most = disk[f"{side}-connections"], disk[f"{side}-connections-max"]
+    return f"{count}" if most is None else f"{count} of {most}"
 
 
 def failures_of(disk: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ def status_table(answer: dict[str, Any]) -> Table:
             show.size(disk["hidden-bytes"]),
             show.size(disk["active-bytes"]),
             " / ".join(show.size(disk[f"{side}-bytes-written"]) for side in ("primary", "standby")),
-            f"{disk['primary-connections']} / {disk['standby-connections']}",
+            f"{show.clients_of(disk, 'primary')} / {show.clients_of(disk, 'standby')}",
             "\n".join(notes),
         )
     return table

@@ -43,6 +43,7 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", k
     default_export: str | None = None
     control: str | None = msgspec.field(default_factory=default_control)
     socket_mode: str | None = None
+    max_connections: int | None = None
 
     @property
     def socket_mode_bits(self) -> int | None:
@@ -73,6 +74,8 @@ class DiskConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_
     durability: Literal["process", "power"] = "process"
     allow: list[str] | None = None
     top_allow: list[str] | None = None
+    max_connections: int | None = None
+    top_max_connections: int | None = None
     disk: str | None = None
     to: str | None = None
     sync: bool | None = None
@@ -135,6 +138,7 @@ def check_config(config: Config, directory: Path) -> Config:
         raise ConfigError(
             f"[server] key 'socket-mode': needs octal digits as in \"0660\", not '{mode}'"
         )
+    _check_count("[server] key 'max-connections'", server.max_connections)
     if not config.disk:
         raise ConfigError("no [[disk]] table: nothing to serve")
     taken: dict[str, str] = {}
@@ -223,11 +227,18 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
     disk.hidden = disk.hidden or f"{disk.secondary}.hidden.qcow2"
     disk.active = disk.active or f"{disk.secondary}.active.qcow2"
     disk.format = disk.secondary_format  # type: ignore[assignment]
+    _check_count("key 'max-connections'", disk.max_connections)
+    _check_count("key 'top-max-connections'", disk.top_max_connections)
     for key in IMAGES:
         path = getattr(disk, key)
         if "\0" in path:
             raise ConfigError(f"key '{key}': a path cannot have a NUL")
         setattr(disk, key, str(directory / path))
+
+
+def _check_count(where: str, count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ConfigError(f"{where}: needs 1 or more, not {count}")
 
 
 def _check_export_name(key: str, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from replnbd.block import BlockNode
 from replnbd.control import ControlServer
 from replnbd.daemon.activation import PassedSockets
-from replnbd.daemon.config import Config, TlsConfig
+from replnbd.daemon.config import Config, DiskConfig, TlsConfig
 from replnbd.daemon.describe import describe_node, disk_nodes, disk_status
 from replnbd.daemon.images import open_disk
 from replnbd.daemon.recovery import (
@@ -65,6 +65,7 @@ class Daemon:
             self.events,
             tls=_credentials(config.tls),
             default_export=config.server.default_export or config.disk[0].name,
+            listener_connections_max=config.server.max_connections,
         )
         self.group = Group(())
         self._past: Past | None = None
@@ -222,7 +223,7 @@ class Daemon:
             raise ControlError(f"Cannot find device='{device}' nor node-name='{device}'")
         if name in self.server.exports:
             raise ControlError(f"Block export id '{name}' is already in use")
-        self.server.add_export(self._new_export(name, node, description or "", writable))
+        self.server.add_export(self._new_export(name, node, description or "", writable=writable))
         for disk in self.group.disks:
             if disk.promoted and node is disk.primary:
                 await self.server.fence(name, disk.fence_reason)
@@ -277,8 +278,8 @@ class Daemon:
                 check_size(past, config, disk.secondary.size)
         finally:
             self.group = Group(disks, past.journal, boot=past.boot, make_journal=past.make_journal)
-        for disk in disks:
-            self._export_disk(disk)
+        for config, disk in zip(self.config.disk, disks, strict=True):
+            self._export_disk(config, disk)
         try:
             await self.group.open(past.record)
         except OSError as exc:
@@ -313,16 +314,33 @@ class Daemon:
             # The next process then looks at it as if this one had died.
             log.warning("cannot record the orderly end: %s", exc.strerror)
 
-    def _export_disk(self, disk: StandbyDisk) -> None:
+    def _export_disk(self, config: DiskConfig, disk: StandbyDisk) -> None:
         disk.on_fence = self._fence
         disk.on_unfence = self._unfence
-        written = f"secondary disk of {disk.name}: the primary writes here"
-        viewed = f"the standby's view of {disk.name}"
-        self.server.add_export(self._new_export(disk.name, disk.primary, written))
-        self.server.add_export(self._new_export(disk.top_id, disk.standby, viewed))
+        for name, node, description, most in (
+            (
+                disk.name,
+                disk.primary,
+                f"secondary disk of {disk.name}: the primary writes here",
+                config.max_connections,
+            ),
+            (
+                disk.top_id,
+                disk.standby,
+                f"the standby's view of {disk.name}",
+                config.top_max_connections,
+            ),
+        ):
+            self.server.add_export(self._new_export(name, node, description, connections_max=most))
 
     def _new_export(
-        self, name: str, node: BlockNode, description: str, writable: bool = True
+        self,
+        name: str,
+        node: BlockNode,
+        description: str,
+        *,
+        writable: bool = True,
+        connections_max: int | None = None,
     ) -> Export:
         """An export of a gate, whatever it is called: with the bitmap and the allow-list of it."""
         for disk, config in zip(self.group.disks, self.config.disk, strict=True):
@@ -332,8 +350,15 @@ class Daemon:
                 changes, allow = partial(standby_changes, disk), config.top_allow
             else:
                 continue
-            bitmaps = {CHECKPOINT_BITMAP: changes}
-            return Export(name, node, description, writable, bitmaps=bitmaps, allow=allow)
+            return Export(
+                name,
+                node,
+                description,
+                writable,
+                bitmaps={CHECKPOINT_BITMAP: changes},
+                allow=allow,
+                connections_max=connections_max,
+            )
         raise AssertionError(f"{node.name} is not a node to export")
 
     def _fence(self, disk: StandbyDisk) -> None:

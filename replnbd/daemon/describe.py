@@ -34,7 +34,9 @@ def disk_status(disk: StandbyDisk, exports: Mapping[str, Export]) -> dict[str, A
         "primary-bytes-written": disk.primary.bytes_written,
         "standby-bytes-written": disk.standby.bytes_written,
         "primary-connections": _connections(disk.primary, exports),
+        "primary-connections-max": _connections_max(disk.primary, exports),
         "standby-connections": _connections(disk.standby, exports),
+        "standby-connections-max": _connections_max(disk.standby, exports),
         "primary-errors": _errors(disk.primary, exports),
         "standby-errors": _errors(disk.standby, exports),
         "job": job.describe() if job is not None else None,
@@ -79,6 +81,17 @@ def describe_node(node: BlockNode) -> dict[str, Any]:
 
 def _connections(node: BlockNode, exports: Mapping[str, Export]) -> int:
     return sum(len(export.connections) for export in exports.values() if export.node is node)
+
+
+def _connections_max(node: BlockNode, exports: Mapping[str, Export]) -> int | None:
+    """How many clients all exports of `node` take together; None: as many as come."""
+    total = 0
+    for export in exports.values():
+        if export.node is node:
+            if export.connections_max is None:
+                return None
+            total += export.connections_max
+    return total
 
 
 def _errors(node: BlockNode, exports: Mapping[str, Export]) -> int:

@@ -136,7 +136,6 @@ class Connection(asyncio.BufferedProtocol):
             self._timer.cancel()
         self.state = State.CLOSED
         self._requests.hold = True
-        self.export.connections.discard(self)
         if not self._in_flight.count:
             self._end()
 
@@ -192,6 +191,7 @@ class Connection(asyncio.BufferedProtocol):
         self._timer = self._loop.call_later(LINGER_S, transport.abort)
 
     def _end(self) -> None:
+        self.export.connections.discard(self)
         self.closed.set()
         self._on_closed(self)
 

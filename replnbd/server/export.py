@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 ERROR_LOG_INTERVAL_S = 10.0
 """One line per errno and interval: a dead disk fails thousands of requests a second."""
 
-_READ_ONLY_FLAGS = int(
+# Nothing is cached per connection: a flush on one covers what was answered on all.
+_CAN_MULTI_CONN = int(c.TransmissionFlag.CAN_MULTI_CONN)
+_READ_ONLY_FLAGS = _CAN_MULTI_CONN | int(
     c.TransmissionFlag.HAS_FLAGS
     | c.TransmissionFlag.READ_ONLY
     | c.TransmissionFlag.SEND_FLUSH
     | c.TransmissionFlag.SEND_FUA
-    # Nothing is cached per connection: a flush on one covers what was answered on all.
-    | c.TransmissionFlag.CAN_MULTI_CONN
     | c.TransmissionFlag.SEND_CACHE
 )
 _WRITABLE_FLAGS = (_READ_ONLY_FLAGS & ~c.FLAG_READ_ONLY) | int(
@@ -85,11 +85,14 @@ class Export:
         *,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
         allow: Iterable[str] | None = None,
+        connections_max: int | None = None,
     ) -> None:
         """`bitmaps`: by name, what the metadata contexts qemu:dirty-bitmap:NAME answer.
         `allow`: who may use it, by the names in their certificates; None: everybody.
+        `connections_max`: how many clients may use it at a time; None: as many as come.
 
-        Raises ConfigError for a name or description that the protocol cannot carry."""
+        Raises ConfigError for a name or description that the protocol cannot carry.
+        """
         for what, text in (("name", name), ("description", description)):
             if len(text.encode()) > c.NAME_BYTES_MAX:
                 raise ConfigError(f"export {what} {text[:40]!r}... is too long")
@@ -105,13 +108,26 @@ class Export:
         self.contexts = contexts_of(bitmaps or {})
         """Metadata contexts by name, in the order of LIST_META_CONTEXT."""
         self.stats = ExportStats()
+        self.connections_max = connections_max
         self.connections: set[Connection] = set()
+        """Its clients, and those that have vanished while operations of theirs are still ending:
+        as long as one of those may change the disk, nobody takes its place."""
         self._errors_logged: dict[int, float] = {}
 
     @property
     def transmission_flags(self) -> int:
         """What clients are told they may do."""
-        return _WRITABLE_FLAGS if self.writable else _READ_ONLY_FLAGS
+        flags = _WRITABLE_FLAGS if self.writable else _READ_ONLY_FLAGS
+        # Who is told that it may open several connections does so.
+        return flags & ~_CAN_MULTI_CONN if self.connections_max == 1 else flags
+
+    @property
+    def full(self) -> str | None:
+        """Why there is no place for another client; None while there is."""
+        used, most = len(self.connections), self.connections_max
+        if most is None or used < most:
+            return None
+        return f"export '{self.name}' has {used} of {most} connections in use"
 
     def offer(self, client: ClientIdentity) -> ExportOffer:
         """The export as the handshake shows it to a client."""

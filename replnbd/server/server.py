@@ -8,7 +8,9 @@ import resource
 import socket
 import sys
 from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -45,19 +47,24 @@ class NbdServer:
         tls: Tls | None = None,
         default_export: str | None = None,
         connections_max: int = CONNECTIONS_MAX,
+        listener_connections_max: int | None = None,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
+        """`connections_max`: clients at a time, handshakes included, of all listeners together;
+        `listener_connections_max`: of each of them."""
         self._bus = bus
         # Clients must not use up the descriptors that images and checkpoints need.
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._connections_max = min(connections_max, descriptors * 3 // 4)
+        self._listener_connections_max = listener_connections_max
         self._handshake_timeout_s = handshake_timeout_s
         self._tls = tls
         self._default_export = default_export
         self._exports: dict[str, Export] = {}
         self._listeners: list[tuple[asyncio.AbstractServer, BoundSocket]] = []
-        self._negotiations: set[Negotiation] = set()
-        self._connections: set[Connection] = set()
+        # Each with the listener that it came through.
+        self._negotiations: dict[Negotiation, BoundSocket] = {}
+        self._connections: dict[Connection, BoundSocket] = {}
         self._pool = Pool()
         self._serial = 0
         self._refused = 0
@@ -134,11 +141,16 @@ class NbdServer:
         return [export.offer(client) for export in self._exports.values()]
 
     def offer(self, name: str, client: ClientIdentity) -> ExportOffer | None:
-        """What INFO and GO show; "" is the default export, unless one has that name."""
+        """What INFO and GO show; "" is the default export, unless one has that name. Where there
+        is no place left they are refused; a client's place is taken when its GO is answered,
+        because that begins its transmission phase at once."""
         export = self._exports.get(name)
         if export is None and not name and self._default_export is not None:
             export = self._exports.get(self._default_export)
-        return None if export is None else export.offer(client)
+        if export is None:
+            return None
+        offer = export.offer(client)
+        return replace(offer, refusal=offer.refusal or export.full)
 
     # Section: listeners and clients
 
@@ -176,7 +188,7 @@ class NbdServer:
 
     async def _accept_on(self, bound: BoundSocket) -> None:
         loop = asyncio.get_running_loop()
-        new_client = partial(self._new_client, bound.tls)
+        new_client = partial(self._new_client, bound)
         if bound.sock.family == socket.AF_UNIX:
             listener: asyncio.AbstractServer = await loop.create_unix_server(
                 new_client, sock=bound.sock, backlog=BACKLOG, **_KEEP_FILE
@@ -185,39 +197,48 @@ class NbdServer:
             listener = await loop.create_server(new_client, sock=bound.sock, backlog=BACKLOG)
         self._listeners.append((listener, bound))
 
-    def _new_client(self, tls: TlsMode) -> asyncio.BaseProtocol:
+    def _new_client(self, bound: BoundSocket) -> asyncio.BaseProtocol:
         if len(self._negotiations) + len(self._connections) >= self._connections_max:
-            self._refused += 1
-            if self._refused & (self._refused - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
-                log.warning(
-                    "%d clients connected, the most allowed: refused %d so far",
-                    self._connections_max,
-                    self._refused,
-                )
-            return _Refusal()
+            return self._refuse(self._connections_max, "")
+        most = self._listener_connections_max
+        if most is not None:
+            everybody = chain(self._negotiations.values(), self._connections.values())
+            if sum(each is bound for each in everybody) >= most:
+                return self._refuse(most, f" on {bound.uri}")
         self._serial += 1
         negotiation = Negotiation(
             self,
             self._serial,
             self._begin_transmission,
-            self._negotiations.discard,
-            tls_mode=tls,
+            self._left,
+            tls_mode=bound.tls,
             tls=self._tls,
             timeout_s=self._handshake_timeout_s,
         )
-        self._negotiations.add(negotiation)
+        self._negotiations[negotiation] = bound
         return negotiation
+
+    def _refuse(self, most: int, where: str) -> asyncio.BaseProtocol:
+        self._refused += 1
+        if self._refused & (self._refused - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+            log.warning(
+                "%d clients connected%s, the most allowed: refused %d so far",
+                most,
+                where,
+                self._refused,
+            )
+        return _Refusal()
 
     def _begin_transmission(self, negotiation: Negotiation, outcome: Outcome) -> None:
         transport = negotiation.transport
         assert transport is not None
         assert outcome.export is not None
-        self._negotiations.discard(negotiation)
+        bound = self._negotiations.pop(negotiation)
         export = self._exports[outcome.export.name]
         connection = Connection(
-            export, negotiation.peer, outcome, self._bus, self._pool, self._connections.discard
+            export, negotiation.peer, outcome, self._bus, self._pool, self._left
         )
-        self._connections.add(connection)
+        self._connections[connection] = bound
         log.info(
             "%s: uses export %s (%s replies%s)",
             negotiation.peer,
@@ -226,6 +247,12 @@ class NbdServer:
             ", TLS" if negotiation.secure else "",
         )
         connection.start(transport, negotiation.early, write_paused=negotiation.write_paused)
+
+    def _left(self, client: Negotiation | Connection) -> None:
+        if isinstance(client, Connection):
+            del self._connections[client]
+        else:
+            del self._negotiations[client]
 
     # Section: the end
 

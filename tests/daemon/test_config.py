@@ -63,6 +63,26 @@ MISTAKES = {
         )
         for mode in ("", "rw-rw----", "0o660", "0668", "4755", "60", "00660", "٠٦٦٠")
     },
+    **{
+        f"{key} of {where[:-1]} {value}": (
+            text + f"{key} = {value}",
+            f"{place} key '{key}': needs 1 or more, not {value}",
+        )
+        for where, text, place, key in (
+            ("[server]:", DISK + "[server]\n", "[server]", "max-connections"),
+            ("[[disk]]:", DISK, f"{IN_DISK}:", "max-connections"),
+            ("[[disk]]:", DISK, f"{IN_DISK}:", "top-max-connections"),
+        )
+        for value in (0, -1)
+    },
+    "max-connections of [server] no integer": (
+        "[server]\nmax-connections = 1.5\n" + DISK,
+        "[server] key 'max-connections': expected integer, got float",
+    ),
+    "top-max-connections no integer": (
+        DISK + "top-max-connections = true",
+        "[[disk]] 1 key 'top-max-connections': expected integer, got boolean",
+    ),
     "control no string": (
         "[server]\ncontrol = true\n" + DISK,
         "[server] key 'control': expected string, got boolean",

@@ -48,9 +48,9 @@ class RawClient:
         self.writer = writer
 
     @classmethod
-    async def connect(cls, folder: Path) -> Self:
+    async def connect(cls, folder: Path, name: str = "s") -> Self:
         """Connected, nothing sent."""
-        return cls(*await asyncio.open_unix_connection(f"{folder}/s"))
+        return cls(*await asyncio.open_unix_connection(f"{folder}/{name}"))
 
     @classmethod
     async def open(cls, folder: Path, export: str) -> Self:

@@ -29,6 +29,7 @@ from replnbd.block import MemoryNode
 from replnbd.errors import ConfigError, StateError
 from replnbd.events import EventBus
 from replnbd.server import Export, NbdServer
+from replnbd.server.connection import State
 
 SIZE = 1 << 20
 ERR_POLICY, ERR_UNKNOWN = 0x80000002, 0x80000006
@@ -137,7 +138,7 @@ async def test_a_fence_waits_for_the_writes_of_a_client_that_has_vanished(short_
         (connection,) = server.connections
         connection.abort()
         assert await client.at_end()
-        await settled(lambda: not server.exports["e"].connections)
+        await settled(lambda: connection.state is State.CLOSED)
         fencing = asyncio.create_task(server.fence("e", "why"))
         for _ in range(10):
             await asyncio.sleep(0)
@@ -145,6 +146,7 @@ async def test_a_fence_waits_for_the_writes_of_a_client_that_has_vanished(short_
         node.gate.set()
         await fencing
         assert node.data[:3] == b"abc"
+        assert not server.exports["e"].connections
         await client.close()
 
 
