@@ -15,6 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from replnbd.errors import ConfigError
+from replnbd.server import WRITE_TIMEOUT_S
 
 DEFAULT_LISTEN = "nbd://127.0.0.1:10809"
 
@@ -44,6 +45,8 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", k
     control: str | None = msgspec.field(default_factory=default_control)
     socket_mode: str | None = None
     max_connections: int | None = None
+    idle_timeout: float | None = None
+    write_timeout: float = WRITE_TIMEOUT_S
 
     @property
     def socket_mode_bits(self) -> int | None:
@@ -139,6 +142,11 @@ def check_config(config: Config, directory: Path) -> Config:
             f"[server] key 'socket-mode': needs octal digits as in \"0660\", not '{mode}'"
         )
     _check_count("[server] key 'max-connections'", server.max_connections)
+    for key, time_s in (("idle", server.idle_timeout), ("write", server.write_timeout)):
+        if time_s is not None and not time_s > 0:  # as nan is not
+            raise ConfigError(
+                f"[server] key '{key}-timeout': needs more than 0 seconds, not {time_s:g}"
+            )
     if not config.disk:
         raise ConfigError("no [[disk]] table: nothing to serve")
     taken: dict[str, str] = {}

@@ -66,6 +66,8 @@ class Daemon:
             tls=_credentials(config.tls),
             default_export=config.server.default_export or config.disk[0].name,
             listener_connections_max=config.server.max_connections,
+            idle_timeout_s=config.server.idle_timeout,
+            write_timeout_s=config.server.write_timeout,
         )
         self.group = Group(())
         self._past: Past | None = None

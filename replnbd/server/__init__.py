@@ -35,19 +35,22 @@ Laws.
 2. A node gets valid requests only (`replnbd.nbd.validate`), and is driven eagerly.
 3. Bytes that an operation or the transport still uses are never overwritten: a slab is used anew
    only when no operation holds it and the transport has sent everything.
-4. What one peer can make us hold is bounded: input, replies and operations (`connection.py` has
-   the numbers). A peer that does not read stops being read.
+4. What one peer can make us hold is bounded: input, replies and operations (`limits.py` has the
+   numbers). A peer that does not read stops being read, and is not waited for without end; nor is
+   one whose host is gone (`deadlines.py`).
 5. An operation that began ends, whether its client is still there or not; only its reply is lost.
 6. A peer can end its own connection, and nothing else.
 """
 
 from replnbd.server.contexts import DirtyBitmap
 from replnbd.server.export import Export, ExportStats
+from replnbd.server.limits import WRITE_TIMEOUT_S
 from replnbd.server.listener import parse_listen_uri
 from replnbd.server.server import NbdServer
 from replnbd.server.tls import Tls, TlsFiles
 
 __all__ = [
+    "WRITE_TIMEOUT_S",
     "DirtyBitmap",
     "Export",
     "ExportStats",

@@ -68,6 +68,9 @@ class Connection(asyncio.BufferedProtocol):
         self._peer_done = False
         self._in_batch = False
         self._in_flight = InFlight(self._completed)
+        self.idle = self._in_flight.idle
+        """Set while no operation is in flight; after `refuse` or `finish` none begins again."""
+        self.stirred = True  # bytes came, or replies went, since Deadlines looked last
         self._timer: asyncio.TimerHandle | None = None  # of REFUSING, then of LINGERING
         # Buffers
         self._pool = pool
@@ -106,6 +109,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         # What comes later is dropped: "A client MUST NOT send anything to the server after DISC".
+        self.stirred = True
         self._busy_poll.begin()
         while nbytes and self.state <= State.REFUSING:
             if self._inbox.received(nbytes):
@@ -126,6 +130,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._write_paused = False
+        self.stirred = True
         if self._requests.hold:
             self._release_soon()  # some transports call this from within write()
 
@@ -167,10 +172,6 @@ class Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Drop the client now, without its replies. Operations in flight still end."""
         self._transport.abort()
-
-    async def wait_idle(self) -> None:
-        """Wait until no operation is in flight; after `refuse` or `finish` none begins again."""
-        await self._in_flight.idle.wait()
 
     @property
     def unsent_bytes(self) -> int:

@@ -57,3 +57,16 @@ CACHE_BYTES_MAX = c.PAYLOAD_BYTES_MAX
 
 TLS_SHUTDOWN_TIMEOUT_S = 5.0
 """How long a client has to answer the end of TLS, before the connection just ends."""
+WRITE_TIMEOUT_S = 60.0
+"""How long a client may take none of the replies that wait for it: nginx's send_timeout, which
+counts from the last bytes that it took, too."""
+
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 10, 5, 3
+"""An idle client's host is asked whether it is there, and given up after 25 s. The kernel's own
+numbers make that two hours: for so long a dead primary would keep its place."""
+
+UNACKNOWLEDGED_S = 20.0
+"""How long the host of a client that is not idle may be silent; with the time until somebody looks
+(deadlines.py) as long as that of an idle one."""
+
+assert UNACKNOWLEDGED_S > KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S  # so long an idle host is silent

@@ -10,7 +10,7 @@ from typing import cast
 
 from replnbd.errors import ConfigError, ProtocolError
 from replnbd.nbd import ExportDirectory, Handshake, Outcome, TlsMode
-from replnbd.server.limits import TLS_SHUTDOWN_TIMEOUT_S, UNIX_SEND_BUFFER
+from replnbd.server import limits
 from replnbd.server.tls import Tls, describe_failure
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,8 @@ class Negotiation(asyncio.BufferedProtocol):
             session = self._tls.session(transport.get_extra_info("socket").fileno())
             secure = await loop.start_tls(
                 transport, self, session.context, server_side=True,
-                ssl_handshake_timeout=self._timeout_s, ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT_S,
+                ssl_handshake_timeout=self._timeout_s,
+                ssl_shutdown_timeout=limits.TLS_SHUTDOWN_TIMEOUT_S,
             )  # fmt: skip
         except (OSError, ConfigError) as exc:  # ssl.SSLError and TimeoutError are OSErrors
             log.info("%s: closed, TLS failed: %s", self.peer, describe_failure(exc))
@@ -194,9 +195,12 @@ def _tune(transport: asyncio.Transport) -> None:
     if sock.family == socket.AF_UNIX:
         # The default holds three replies of 64 KiB, and each time it is full the loop goes round:
         # 15 µs for such a READ then, 10 with this. The system may allow less.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.UNIX_SEND_BUFFER)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         # A reply is complete when it is sent: waiting to fill a segment only adds latency.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A peer whose host vanished must not keep its connection for ever.
+        # A peer whose host vanished must not keep its connection for ever (see deadlines.py).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, limits.KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, limits.KEEPALIVE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, limits.KEEPALIVE_PROBES)

@@ -18,7 +18,9 @@ from replnbd.errors import ConfigError, StateError
 from replnbd.events import EventBus
 from replnbd.nbd import ClientIdentity, ExportOffer, Outcome, TlsMode
 from replnbd.server.connection import Connection, State
+from replnbd.server.deadlines import Deadlines
 from replnbd.server.export import Export
+from replnbd.server.limits import WRITE_TIMEOUT_S
 from replnbd.server.listener import BACKLOG, BoundSocket, adopt, bind_uri, parse_listen_uri
 from replnbd.server.negotiation import HANDSHAKE_TIMEOUT_S, Negotiation
 from replnbd.server.slabs import Pool
@@ -49,9 +51,11 @@ class NbdServer:
         connections_max: int = CONNECTIONS_MAX,
         listener_connections_max: int | None = None,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+        idle_timeout_s: float | None = None,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
     ) -> None:
         """`connections_max`: clients at a time, handshakes included, of all listeners together;
-        `listener_connections_max`: of each of them."""
+        `listener_connections_max`: of each of them. The last two: see `Deadlines`."""
         self._bus = bus
         # Clients must not use up the descriptors that images and checkpoints need.
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -65,6 +69,7 @@ class NbdServer:
         # Each with the listener that it came through.
         self._negotiations: dict[Negotiation, BoundSocket] = {}
         self._connections: dict[Connection, BoundSocket] = {}
+        self._deadlines = Deadlines(idle_timeout_s, write_timeout_s)
         self._pool = Pool()
         self._serial = 0
         self._refused = 0
@@ -239,6 +244,7 @@ class NbdServer:
             export, negotiation.peer, outcome, self._bus, self._pool, self._left
         )
         self._connections[connection] = bound
+        self._deadlines.watch(connection, transport.get_extra_info("socket"))
         log.info(
             "%s: uses export %s (%s replies%s)",
             negotiation.peer,
@@ -251,6 +257,7 @@ class NbdServer:
     def _left(self, client: Negotiation | Connection) -> None:
         if isinstance(client, Connection):
             del self._connections[client]
+            self._deadlines.forget(client)
         else:
             del self._negotiations[client]
 
@@ -300,7 +307,7 @@ class _Refusal(asyncio.Protocol):
 
 async def _all_idle(connections: Iterable[Connection]) -> None:
     for connection in connections:
-        await connection.wait_idle()
+        await connection.idle.wait()
 
 
 async def _all_closed(connections: Iterable[Connection], timeout_s: float) -> bool:

@@ -83,6 +83,18 @@ MISTAKES = {
         DISK + "top-max-connections = true",
         "[[disk]] 1 key 'top-max-connections': expected integer, got boolean",
     ),
+    **{
+        f"{key} {value}": (
+            f"[server]\n{key} = {value}\n" + DISK,
+            f"[server] key '{key}': needs more than 0 seconds, not {value}",
+        )
+        for key in ("idle-timeout", "write-timeout")
+        for value in ("0", "-0.5", "nan", "-inf")
+    },
+    "idle-timeout no number": (
+        "[server]\nidle-timeout = '5 min'\n" + DISK,
+        "[server] key 'idle-timeout': expected float, got string",
+    ),
     "control no string": (
         "[server]\ncontrol = true\n" + DISK,
         "[server] key 'control': expected string, got boolean",
@@ -268,6 +280,14 @@ def test_the_mode_of_the_sockets_is_octal(tmp_path: Path, mode: str, bits: int) 
     path = tmp_path / "c.toml"
     path.write_text(f'[server]\nsocket-mode = "{mode}"\n{DISK}')
     assert load_config(path).server.socket_mode_bits == bits
+
+
+@pytest.mark.parametrize(("value", "time_s"), [("5", 5.0), ("0.25", 0.25), ("inf", float("inf"))])
+def test_a_time_is_a_number_of_seconds(tmp_path: Path, value: str, time_s: float) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(f"[server]\nidle-timeout = {value}\nwrite-timeout = {value}\n{DISK}")
+    server = load_config(path).server
+    assert (server.idle_timeout, server.write_timeout) == (time_s, time_s)
 
 
 def test_the_format_is_never_guessed_from_the_content(tmp_path: Path) -> None:

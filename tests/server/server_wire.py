@@ -56,14 +56,18 @@ class RawClient:
     async def open(cls, folder: Path, export: str) -> Self:
         """In the transmission phase."""
         client = await cls.connect(folder)
-        client.send(choose(export))
-        assert await client.receive(18) == b"NBDMAGICIHAVEOPT\x00\x03"
-        while True:
-            _, _, kind, length = struct.unpack(">QIII", await client.receive(20))
-            text = await client.receive(length)
+        await client.go(export)
+        return client
+
+    async def go(self, export: str) -> None:
+        """Through the handshake."""
+        self.send(choose(export))
+        assert await self.receive(18) == b"NBDMAGICIHAVEOPT\x00\x03"
+        kind = 0
+        while kind != 1:
+            _, _, kind, length = struct.unpack(">QIII", await self.receive(20))
+            text = await self.receive(length)
             assert kind < 0x80000000, text
-            if kind == 1:
-                return client
 
     def send(self, data: bytes) -> None:
         self.writer.write(data)
