@@ -193,6 +193,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _end(self) -> None:
         self.export.connections.discard(self)
+        del self._in_flight  # a cycle: the buffers would stay until the collector comes
         self.closed.set()
         self._on_closed(self)
 

@@ -35,6 +35,13 @@ def resident(running: Running) -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak(running: Running) -> int:
+    """Bytes of memory that were ever in use at a time."""
+    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
 def descriptors(running: Running) -> int:
     """Open file descriptors."""
     return len(os.listdir(f"/proc/{running.process.pid}/fd"))
@@ -97,6 +104,35 @@ def test_a_thousand_clients_of_which_most_say_nothing(setup: Setup) -> None:
         for writer in busy:
             content = writer.applied_to(content)
         assert running.connect("d").pread(0, SIZE) == content
+        running.process.terminate()
+    check_overlays(setup)
+
+
+def test_clients_that_ask_for_much_and_read_nothing(setup: Setup) -> None:
+    """Each makes the daemon hold one reply of the largest size and little more, however much it
+    has asked for, and nothing once it is gone."""
+    largest = 32 * MIB
+    setup.path("secondary").write_bytes(pattern(1) * 32)
+    with setup.serve() as running:
+        running.start()
+        memory = resident(running)
+        for side in ("d", "d-top"):
+            deaf = [running.connect(side) for _ in range(8)]
+            for client in deaf:
+                for cookie in range(100):
+                    client._wire.sock.sendall(
+                        struct.pack(">IHHQQI", REQUEST_MAGIC, 0, CMD_READ, cookie, 0, largest)
+                    )
+            wait_until(
+                lambda: resident(running) - memory >= largest * len(deaf),  # noqa: B023
+                "a reply to each",
+            )
+            asked_in_time(running)
+            assert running.connect(side).pread(0, SIZE) == pattern(1)
+            assert peak(running) - memory < 2 * largest * len(deaf)
+            for client in deaf:
+                client._wire.sock.close()
+            wait_until(lambda: resident(running) - memory < 2 * largest, "the memory to be free")
         running.process.terminate()
     check_overlays(setup)
 

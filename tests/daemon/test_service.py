@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 
 import pytest
 from daemon_support import SIZE, Running, Setup, pattern
 from peers import NbdReplyError, list_exports, run_replnbd, wait_until
+from peers.nbd_client import CMD_READ, REQUEST_MAGIC
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -91,3 +93,28 @@ def test_a_listener_takes_no_more_clients_than_it_may(setup: Setup) -> None:
         assert "3 clients connected on nbd+unix://" in running.log
         clients[0].close()
         assert reach(lambda: running.connect("d")).pread(0, SIZE) == pattern(1)
+
+
+def test_who_says_nothing_for_too_long_is_dropped(setup: Setup) -> None:
+    setup.server["idle-timeout"] = 0.3
+    with setup.serve() as running:
+        idle = running.connect("d")
+        with pytest.raises(ConnectionError):
+            idle._wire.receive(1)
+        assert "(unix): dropped from export d: nothing came from it for 0.3 s" in running.log
+        idle.close()
+        wait_until(lambda: running.disk()["primary-connections"] == 0, "the place to be free")
+        assert running.connect("d").pread(0, SIZE) == pattern(1)
+
+
+def test_who_takes_none_of_its_replies_for_too_long_is_dropped(setup: Setup) -> None:
+    setup.server["write-timeout"] = 0.3
+    with setup.serve() as running:
+        deaf, other = running.connect("d"), running.connect("d")
+        for cookie in range(32):
+            deaf._wire.sock.sendall(
+                struct.pack(">IHHQQI", REQUEST_MAGIC, 0, CMD_READ, cookie, 0, SIZE)
+            )
+        wait_until(lambda: running.disk()["primary-connections"] == 1, "it to be dropped")
+        assert "dropped from export d: it took none of its replies for 0.3 s" in running.log
+        assert other.pread(0, SIZE) == pattern(1)

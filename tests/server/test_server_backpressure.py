@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
+import weakref
 from pathlib import Path
 
+import pytest
 from server_wire import (
     DISC,
     FLUSH,
@@ -220,3 +223,23 @@ async def test_a_closing_connection_whose_client_does_not_read_ends_all_the_same
         await server.close(timeout_s=0.05)
         assert not server.connections
         client.writer.transport.abort()
+
+
+@pytest.mark.parametrize("end", ["hangs up", "is dropped"])
+@on_both_loops
+async def test_what_a_client_did_not_read_is_freed_when_it_goes(short_dir: Path, end: str) -> None:
+    """At once: in a server at rest the collector may not come for hours."""
+    async with serving(short_dir, Export("e", MemoryNode(32 * MIB))) as server:
+        client = await RawClient.open(short_dir, "e")
+        client.send(request(READ, 0, 32 * MIB) * 3)
+        await settled(lambda: unsent(only(server)) > 0)
+        gone = weakref.ref(only(server))
+        gc.disable()
+        try:
+            if end == "is dropped":
+                only(server).abort()
+            client.writer.transport.abort()
+            await settled(lambda: not server.connections)
+            await settled(lambda: gone() is None)
+        finally:
+            gc.enable()
