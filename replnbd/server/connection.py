@@ -193,7 +193,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _end(self) -> None:
         self.export.connections.discard(self)
-        del self._in_flight  # a cycle: the buffers would stay until the collector comes
+        # They refer to us: the buffers would stay until the collector comes.
+        del self._in_flight, self._requests
         self.closed.set()
         self._on_closed(self)
 
@@ -209,8 +210,8 @@ class Connection(asyncio.BufferedProtocol):
     def _release(self) -> None:
         """Go on parsing, if nothing forbids it any more."""
         if (
-            self._requests.hold
-            and self.state <= State.REFUSING
+            self.state <= State.REFUSING
+            and self._requests.hold
             and not self._write_paused
             and not self._in_flight.full
         ):
@@ -254,5 +255,6 @@ class Connection(asyncio.BufferedProtocol):
                 self._close()
             elif self.state is State.CLOSED:
                 self._end()
+                return
         if self._requests.hold:
             self._release()

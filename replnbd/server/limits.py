@@ -1,8 +1,7 @@
 """Limits: what one peer can make a connection hold, and how long.
 
-At worst: IN_FLIGHT_BYTES_MAX and one payload in operations, as much again in their replies,
-UNSENT_BYTES_MAX and one payload in the transport, and the slabs that IN_FLIGHT_MAX small operations
-pin (one each, if everything between them was quick).
+At worst: IN_FLIGHT_BYTES_MAX and one payload in operations or in their replies, UNSENT_BYTES_MAX,
+and an inbox and an outbox: some 51 MiB.
 """
 
 from __future__ import annotations
@@ -13,8 +12,12 @@ from replnbd.server.slabs import OUTBOX_BYTES
 IN_FLIGHT_MAX = 128
 """Suspended operations of one connection: the Linux client's queue depth. QEMU allows 16."""
 
-IN_FLIGHT_BYTES_MAX = c.PAYLOAD_BYTES_MAX
-"""Payload bytes of suspended operations: at least one of the largest must fit."""
+IN_FLIGHT_BYTES_MAX = 16 << 20
+"""What suspended operations hold, payloads mostly. No other begins once it is reached: so the last
+one may be of the largest (PAYLOAD_BYTES_MAX)."""
+
+STATUS_BYTES_MAX = 2 << 20
+"""Of a BLOCK_STATUS: 4096 extents in each of three contexts, as Python has them."""
 
 UNSENT_BYTES_MAX = 2 << 20
 """Reply bytes that the peer has not read, before we stop reading from it."""
@@ -51,7 +54,9 @@ FAREWELL_S = 0.1
 """How long requests are answered by ESHUTDOWN, once an export is gone or the server stops: who has
 requests on their way learns the reason, and does not just see its connection end."""
 
-CACHE_CHUNK = 1 << 20
+CACHE_CHUNK = 256 << 10
+"""A CACHE request reads so much at a time."""
+
 CACHE_BYTES_MAX = c.PAYLOAD_BYTES_MAX
 """Of one CACHE request: no more than a READ could ask for."""
 

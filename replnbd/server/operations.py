@@ -10,7 +10,13 @@ from replnbd.block import BlockNode, Buffer
 from replnbd.nbd import Descriptor, Refusal, Request, RequestRules, parse_status_payload
 from replnbd.nbd import constants as c
 from replnbd.server.contexts import ContextStatus
-from replnbd.server.limits import CACHE_BYTES_MAX, CACHE_CHUNK, IN_FLIGHT_BYTES_MAX, IN_FLIGHT_MAX
+from replnbd.server.limits import (
+    CACHE_BYTES_MAX,
+    CACHE_CHUNK,
+    IN_FLIGHT_BYTES_MAX,
+    IN_FLIGHT_MAX,
+    STATUS_BYTES_MAX,
+)
 from replnbd.server.resume import carry_on
 from replnbd.server.slabs import Slab
 
@@ -34,9 +40,14 @@ class Operation:
         self.statuses: list[tuple[int, list[Descriptor]]] = []
 
     @property
-    def payload_bytes(self) -> int:
-        """What it makes us hold."""
-        return self.request.length if self.request.command in (c.CMD_READ, c.CMD_WRITE) else 0
+    def bytes_held(self) -> int:
+        """What it makes us hold, at most."""
+        command, length = self.request.command, self.request.length
+        if command in (c.CMD_READ, c.CMD_WRITE):
+            return length
+        if command == c.CMD_CACHE:
+            return min(length, CACHE_CHUNK)
+        return STATUS_BYTES_MAX if command == c.CMD_BLOCK_STATUS else 0
 
     def run(
         self, node: BlockNode, payload: Buffer | None, place: memoryview | None, contexts: Contexts
@@ -134,15 +145,24 @@ class InFlight:
         waiting: Any,  # noqa: ANN401 - what the loop's futures yield
     ) -> bool:
         """Take over an operation that has yielded `waiting`. Whether no more may begin now."""
-        if operation.slab is not None:
-            operation.slab.users += 1
-        self.count += 1
-        self.bytes += operation.payload_bytes
+        self._hold(operation, 1)
         self.idle.clear()
         task = self._loop.create_task(self._complete(operation, running, waiting))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return self.full
+
+    def _hold(self, operation: Operation, change: int) -> None:
+        """Count an operation in (1), or out (-1)."""
+        self.count += change
+        self.bytes += change * operation.bytes_held
+        slab = operation.slab
+        if slab is None:
+            return
+        # A small one keeps all of the slab that it shares with others.
+        if not slab.pooled and slab.users == (change < 0):
+            self.bytes += change * len(slab.buffer)
+        slab.users += change
 
     async def _complete(
         self,
@@ -155,10 +175,7 @@ class InFlight:
             await carry_on(running, waiting)
         except (Exception, asyncio.CancelledError) as exc:
             failure = exc
-        if operation.slab is not None:
-            operation.slab.users -= 1
-        self.count -= 1
-        self.bytes -= operation.payload_bytes
+        self._hold(operation, -1)
         if not self.count:
             self.idle.set()
         self._completed(operation, failure)
