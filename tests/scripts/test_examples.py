@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from peers import REPLNBD, Process, list_exports
+
+from replnbd.daemon import DiskConfig, ServerConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -62,3 +67,64 @@ def test_a_missing_disk_is_one_line(tmp_path: Path, name: str) -> None:
         f"cannot open {tmp_path}/missing.raw: No such file or directory"
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+# Section: the configuration, and the service that runs it
+
+
+def test_the_configuration_tells_of_every_key() -> None:
+    text = (EXAMPLES / "replnbd.toml").read_text()
+    server, _, disk = text.partition("[[disk]]")
+    for table, config in ((server, ServerConfig), (disk, DiskConfig)):
+        told = set(re.findall(r"^(?:# )?([a-z-]+) = ", table, re.MULTILINE))
+        # The others of a disk belong to mode = "primary", which is not available yet.
+        assert told == set(config.__struct_encode_fields__) - {"disk", "to", "sync"}
+
+
+def unit(name: str) -> list[tuple[str, str]]:
+    """The directives of a unit file."""
+    lines = (EXAMPLES / name).read_text().splitlines()
+    pairs = [line.split("=", 1) for line in lines if line and line[0] not in "#["]
+    return [(key, value) for key, value in pairs]
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+def test_systemd_takes_the_units_as_they_are(tmp_path: Path) -> None:
+    for name in ("replnbd.service", "replnbd.socket"):
+        text = (EXAMPLES / name).read_text()
+        (tmp_path / name).write_text(text.replace("/usr/local/bin/replnbd", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "./replnbd.service", "./replnbd.socket"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+def test_the_service_says_that_it_is_ready_as_its_unit_promises(short_dir: Path) -> None:
+    """Its command, run on the example's configuration: uncommented, so that all of it is tried."""
+    service = dict(unit("replnbd.service"))
+    assert service["Type"] == "notify"
+    program, *words, config = service["ExecStart"].split()
+    assert (Path(program).name, words, Path(config).name) == ("replnbd", ["serve"], "replnbd.toml")
+    text = (EXAMPLES / config.rpartition("/")[2]).read_text()
+    text = re.sub(r"^# ([a-z-]+ = )", r"\1", text, flags=re.MULTILINE)
+    (short_dir / "replnbd.toml").write_text(text.replace(":10809", ":0"))
+    (short_dir / "colo0.raw").write_bytes(bytes(1 << 20))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{short_dir}/notify")
+        manager.settimeout(30)
+        argv = ["env", f"NOTIFY_SOCKET={short_dir}/notify", *REPLNBD, *words, "replnbd.toml"]
+        with Process(argv, log=short_dir / "log", cwd=short_dir) as process:
+            assert manager.recv(4096).startswith(b"READY=1\n")
+            names = [export.name for export in list_exports(short_dir / "nbd.sock")]
+            assert names == ["colo0", "top0"]
+            assert (short_dir / "nbd.sock").stat().st_mode & 0o777 == 0o660
+            assert process.terminate() == 0
+
+
+def test_the_socket_unit_listens_where_the_readme_says() -> None:
+    listens = [value for key, value in unit("replnbd.socket") if key == "ListenStream"]
+    assert listens == ["10809", "/run/replnbd/nbd.sock"]
