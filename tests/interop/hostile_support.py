@@ -24,14 +24,17 @@ PEAK_BYTES_MAX = 48 * MIB
 _WRONG_IN_LOG = re.compile(r"Traceback|^\S+ \S+ (ERROR|CRITICAL) |Assertion", re.M)
 
 
-def content() -> bytes:
-    """Random bytes, with a run of zeroes in the middle."""
+def _content() -> bytes:
     rng = random.Random(1)
     return rng.randbytes(64 * KIB) + bytes(64 * KIB) + rng.randbytes(128 * KIB)
 
 
+CONTENT = _content()
+"""Of every "d": random bytes, with a run of zeroes in the middle."""
+
+
 class Victim:
-    """A running server with an export "d" of `content`.
+    """A running server with an export "d" of CONTENT.
 
     `checked` is what every test ends with. `standby`: the export whose view no hostile client of
     "d" may change, where there is one.
@@ -41,7 +44,6 @@ class Victim:
         self.process = process
         self.address = address
         self.standby = standby
-        self.content = content()
         self.healthy()  # what the first client makes it allocate is no client's harm
         self._settle()
         self.descriptors = process.descriptors
@@ -67,18 +69,18 @@ class Victim:
     def healthy(self) -> None:
         """A new client finds every byte, and can write."""
         with NbdClient(self.address, "d", timeout_s=10.0) as client:
-            assert client.pread(0, SIZE) == self.content
+            assert client.pread(0, SIZE) == CONTENT
             client.pwrite(SIZE // 2, b"healthy")
             client.flush()
             assert client.pread(SIZE // 2 - 1, 9) == (
-                self.content[SIZE // 2 - 1 : SIZE // 2]
+                CONTENT[SIZE // 2 - 1 : SIZE // 2]
                 + b"healthy"
-                + self.content[SIZE // 2 + 7 : SIZE // 2 + 8]
+                + CONTENT[SIZE // 2 + 7 : SIZE // 2 + 8]
             )
-            client.pwrite(SIZE // 2, self.content[SIZE // 2 : SIZE // 2 + 7])
+            client.pwrite(SIZE // 2, CONTENT[SIZE // 2 : SIZE // 2 + 7])
         if self.standby is not None:
             with NbdClient(self.address, self.standby, timeout_s=10.0) as client:
-                assert client.pread(0, SIZE) == content()
+                assert client.pread(0, SIZE) == CONTENT
 
     def raw(self) -> RawClient:
         """A client that has read the greeting."""
@@ -93,7 +95,7 @@ class Victim:
 def replnbd(folder: Path, *, big: bool = False) -> Iterator[Victim]:
     """`replnbd serve` in stage running: "d" for the primary, "d-top" for the standby. `big` adds
     an export of that name, 16 TiB of nothing."""
-    disks = [ReplnbdDisk.create(folder, "d", "d-top", content())]
+    disks = [ReplnbdDisk.create(folder, "d", "d-top", CONTENT)]
     if big:
         path = folder / "big.raw"
         with path.open("wb") as file:
@@ -114,7 +116,7 @@ def serving(server: str, folder: Path) -> Iterator[Victim]:
             yield victim
         return
     image, socket = folder / "d.raw", folder / "s"
-    image.write_bytes(content())
+    image.write_bytes(CONTENT)
     argv = {
         "qemu-nbd": ["qemu-nbd", "-t", "-e", "0", "-x", "d", "-f", "raw", "-A", "-k", socket],
         "nbdkit": ["nbdkit", "-f", "-U", socket, "file"],
