@@ -44,10 +44,10 @@ class Victim:
         self.process = process
         self.address = address
         self.standby = standby
+        self.descriptors = process.descriptors + 1
         self.healthy()  # what the first client makes it allocate is no client's harm
         self._settle()
         self.descriptors = process.descriptors
-        self.resident_bytes = process.resident_bytes
 
     @contextlib.contextmanager
     def checked(self, *, peak_bytes_max: int = PEAK_BYTES_MAX) -> Iterator[None]:
@@ -58,11 +58,10 @@ class Victim:
         yield
         self._settle()
         self.healthy()
+        self._settle()
         peak = self.process.peak_bytes - before
         if peak > peak_bytes_max:
             raise PeerError(self.process.failure(f"used {peak / MIB:.1f} MiB"))
-        self._settle()
-        wait_until(lambda: self.process.descriptors <= self.descriptors, "descriptors to be closed")
         if found := _WRONG_IN_LOG.search(self.process.log.read_text()):
             raise PeerError(self.process.failure(f"logged {found[0]!r}"))
 
@@ -87,8 +86,10 @@ class Victim:
         return RawClient(self.address)
 
     def _settle(self) -> None:
+        """Until every client that has left is gone."""
         if not self.process.running:
             raise PeerError(self.process.failure("it has ended"))
+        wait_until(lambda: self.process.descriptors <= self.descriptors, "descriptors to be closed")
 
 
 @contextlib.contextmanager
