@@ -40,13 +40,16 @@ class Victim:
     "d" may change, where there is one.
     """
 
-    def __init__(self, process: Process, address: Address, *, standby: str | None = None) -> None:
+    def __init__(
+        self, process: Process, address: Address, port: int = 0, *, standby: str | None = None
+    ) -> None:
         self.process = process
         self.address = address
+        self.tcp_address = ("127.0.0.1", port)
         self.standby = standby
         self.descriptors = process.descriptors + 1
         self.healthy()  # what the first client makes it allocate is no client's harm
-        self._settle()
+        self.settle()
         self.descriptors = process.descriptors
 
     @contextlib.contextmanager
@@ -56,9 +59,9 @@ class Victim:
         self.process.reset_peak()
         before = self.process.resident_bytes
         yield
-        self._settle()
+        self.settle()
         self.healthy()
-        self._settle()
+        self.settle()
         peak = self.process.peak_bytes - before
         if peak > peak_bytes_max:
             raise PeerError(self.process.failure(f"used {peak / MIB:.1f} MiB"))
@@ -85,7 +88,7 @@ class Victim:
         """A client that has read the greeting."""
         return RawClient(self.address)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Until every client that has left is gone."""
         if not self.process.running:
             raise PeerError(self.process.failure("it has ended"))
@@ -103,9 +106,9 @@ def replnbd(folder: Path, *, big: bool = False) -> Iterator[Victim]:
             file.truncate(BIG)
         overlays = folder / "big.hidden", folder / "big.active"
         disks.append(ReplnbdDisk("big", "big-top", path, *overlays, "raw"))
-    with ReplnbdDaemon(folder, disks) as daemon:
+    with ReplnbdDaemon(folder, disks, listen=["nbd://127.0.0.1:0"]) as daemon:
         daemon.qmp.execute("xen-set-replication", {"enable": True, "primary": False})
-        yield Victim(daemon.process, daemon.nbd_socket, standby="d-top")
+        yield Victim(daemon.process, daemon.nbd_socket, daemon.port, standby="d-top")
         daemon.quit()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,20 +35,30 @@ class ReplnbdDisk(Disk):
 
 
 class ReplnbdDaemon:
-    """A running daemon with the disks exported: NAME for the primary, TOP-ID for the standby."""
+    """A running daemon with the disks exported: NAME for the primary, TOP-ID for the standby.
 
-    def __init__(self, folder: Path, disks: Sequence[ReplnbdDisk]) -> None:
+    `listen`: more URIs than that of `nbd_socket`; `tables`: more of the configuration.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        disks: Sequence[ReplnbdDisk],
+        *,
+        listen: Sequence[str] = (),
+        tables: Sequence[str] = (),
+    ) -> None:
         self.disks = disks
         self.nbd_socket = folder / "replnbd.nbd"
         self.control_socket = folder / "replnbd.qmp"
         self.config = folder / "replnbd.toml"
         server = [
             "[server]",
-            f"listen = {json.dumps([f'nbd+unix:///?socket={self.nbd_socket}'])}",
+            f"listen = {json.dumps([f'nbd+unix:///?socket={self.nbd_socket}', *listen])}",
             f"control = {json.dumps(str(self.control_socket))}",
         ]
-        tables = ["\n".join(server), *(disk.table() for disk in disks)]
-        self.config.write_text("\n\n".join(tables) + "\n")
+        written = ["\n".join(server), *tables, *(disk.table() for disk in disks)]
+        self.config.write_text("\n\n".join(written) + "\n")
         argv = [sys.executable, "-m", "replnbd", "serve", str(self.config)]
         self.process = Process(argv, log=folder / "replnbd.log")
         try:
@@ -62,6 +73,14 @@ class ReplnbdDaemon:
     def connect(self, export: str) -> NbdClient:
         """A new NBD connection to NAME or TOP-ID."""
         return NbdClient(self.nbd_socket, export)
+
+    @property
+    def port(self) -> int:
+        """The TCP port, of the first listener that has one."""
+        found = re.search(r"listening on nbds?://[^/\s]*:(\d+)", self.process.log.read_text())
+        if found is None:
+            raise PeerError(self.process.failure("no TCP port"))
+        return int(found[1])
 
     def stages(self) -> set[str]:
         """The stages of all disks, from x-replnbd-status."""
