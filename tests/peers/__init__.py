@@ -3,6 +3,7 @@
     Disk           the files of one replicated disk; `qemu_img` makes and checks them
     NbdClient      a synchronous NBD client in plain Python: no libnbd between a test and the bytes
     RawClient      one that sends any bytes, in all shapes of requests and replies (nbd_wire.py)
+    Libnbd         libnbd, in a process of the Python that has its module
     QmpClient      a synchronous QMP client: every answer as it came, events kept
     Process        a child process that is always killed, with its stderr in every failure
     Guest          a small Linux guest: the kernel's own NBD client
@@ -19,6 +20,7 @@ from peers.certificates import Authority, Credentials
 from peers.command import REPLNBD, Done, fingerprints, refusal, run_replnbd
 from peers.disk import Disk, DiskFormat, qemu_img
 from peers.guest import Guest
+from peers.libnbd import Libnbd, LibnbdError, LibnbdProcess, ReadChunk
 from peers.nbd_client import NbdClient, NbdExport, NbdReplyError, list_exports
 from peers.nbd_raw import RawClient
 from peers.process import PeerError, Process, wait_until
@@ -35,6 +37,9 @@ __all__ = [
     "DiskFormat",
     "Done",
     "Guest",
+    "Libnbd",
+    "LibnbdError",
+    "LibnbdProcess",
     "NbdClient",
     "NbdExport",
     "NbdReplyError",
@@ -44,6 +49,7 @@ __all__ = [
     "QemuSecondary",
     "QmpClient",
     "RawClient",
+    "ReadChunk",
     "ReplnbdDaemon",
     "ReplnbdDisk",
     "fingerprints",
