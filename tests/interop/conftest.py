@@ -1,4 +1,5 @@
-"""Fixtures of the tests with the kernel's NBD client; see kernel_client_support."""
+"""Fixtures of the tests with libnbd (see libnbd_support) and of those with the kernel's NBD client
+(see kernel_client_support)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,24 @@ from pathlib import Path
 import pytest
 from interop_support import fresh_seed
 from kernel_client_support import SIZE, Work
+from libnbd_support import Served
 from peers import Guest
+
+
+@pytest.fixture(scope="module")
+def served_by_module() -> Iterator[Served]:
+    """One standby for all tests of a module."""
+    with tempfile.TemporaryDirectory(prefix="rnbd-") as name, Served(Path(name)) as served:
+        yield served
+        served.close()
+
+
+@pytest.fixture
+def served(served_by_module: Served) -> Iterator[Served]:
+    """It, for one test."""
+    served_by_module.look()
+    yield served_by_module
+    served_by_module.compare()
 
 
 @pytest.fixture(scope="module")
