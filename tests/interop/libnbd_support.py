@@ -110,6 +110,12 @@ class Served:
         self.standby.qmp.execute(*CHECKPOINT)
         self.twin.checkpoint()
 
+    def restore(self, export: str) -> None:
+        """Write the content that the disk had at first."""
+        with self.standby.connect(export) as client:
+            client.pwrite(0, self.initial)
+        self.model(export)[:] = self.initial
+
     def look(self) -> None:
         """Begin with what is there now, whatever a failed test has left."""
         for export in EXPORTS:
@@ -142,25 +148,17 @@ class Served:
         self.standby.__exit__(kind, exc, traceback)
 
 
-class QemuNbd:
-    """qemu-nbd with one export, a file of its own: what QEMU would have answered."""
+class OtherServer:
+    """Another NBD server with one export: what it would have answered."""
 
-    def __init__(self, folder: Path, image: Path, export: str, *options: str) -> None:
-        self._socket = folder / "qemu-nbd"
-        self._export = export
-        argv = ["qemu-nbd", "--persistent", "--shared=0", "--allocation-depth", "--discard=unmap"]
-        argv += [f"--socket={self._socket}", f"--export-name={export}", *options, str(image)]
-        self.process = Process(argv, log=folder / "qemu-nbd.log")
+    def __init__(self, argv: Sequence[str], socket: Path, export: str) -> None:
+        self.uri = f"nbd+unix:///{export}?socket={socket}"
+        self.process = Process(argv, log=socket.with_suffix(".log"))
         try:
-            self.process.reach(lambda: list_exports(self._socket))
+            self.process.reach(lambda: list_exports(socket))
         except BaseException:
             self.process.kill()
             raise
-
-    @property
-    def uri(self) -> str:
-        """Its NBD URI."""
-        return f"nbd+unix:///{self._export}?socket={self._socket}"
 
     def __enter__(self) -> Self:
         return self
@@ -172,3 +170,22 @@ class QemuNbd:
         traceback: TracebackType | None,
     ) -> None:
         self.process.kill()
+
+
+class QemuNbd(OtherServer):
+    """qemu-nbd, with all the contexts it has."""
+
+    def __init__(self, folder: Path, image: Path, export: str, *options: str) -> None:
+        socket = folder / "qemu-nbd"
+        argv = ["qemu-nbd", "--persistent", "--shared=0", "--allocation-depth", "--discard=unmap"]
+        argv += [f"--socket={socket}", f"--export-name={export}", *options, str(image)]
+        super().__init__(argv, socket, export)
+
+
+class NbdkitFile(OtherServer):
+    """nbdkit with its file plugin."""
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        socket = folder / "nbdkit"
+        argv = ["nbdkit", "--foreground", "--unix", str(socket), "file", str(image)]
+        super().__init__(argv, socket, "")
