@@ -4,7 +4,7 @@ other servers with the same bytes on them, to compare answers with."""
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -46,14 +46,20 @@ def patchy(rng: random.Random, size: int, *, run_max: int = 16) -> bytes:
     return bytes(content[:size])
 
 
+def data_blocks(content: bytes | bytearray) -> Iterator[tuple[int, bytes]]:
+    """The blocks that are not all zeroes, and where they are."""
+    for start in range(0, len(content), BLOCK):
+        block = bytes(content[start : start + BLOCK])
+        if any(block):
+            yield start, block
+
+
 def write_sparse(path: Path, content: bytes | bytearray) -> None:
     """A file in which every block of zeroes is a hole."""
     with path.open("wb") as file:
-        for start in range(0, len(content), BLOCK):
-            block = content[start : start + BLOCK]
-            if any(block):
-                file.seek(start)
-                file.write(block)
+        for start, block in data_blocks(content):
+            file.seek(start)
+            file.write(block)
         file.truncate(len(content))
 
 
@@ -111,9 +117,11 @@ class Served:
         self.twin.checkpoint()
 
     def restore(self, export: str) -> None:
-        """Write the content that the disk had at first."""
+        """Make an export what the disk was at first, its holes included."""
         with self.standby.connect(export) as client:
-            client.pwrite(0, self.initial)
+            client.trim(0, SIZE)
+            for start, block in data_blocks(self.initial):
+                client.pwrite(start, block)
         self.model(export)[:] = self.initial
 
     def look(self) -> None:

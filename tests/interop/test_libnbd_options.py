@@ -67,7 +67,7 @@ def test_info_describes_an_export_and_stays_in_haggling(served: Served, export: 
 
 def test_go_goes_on_after_an_export_that_is_not_there(served: Served) -> None:
     client = served.haggle()
-    for name, shown in (("nobody", "'nobody'"), ("n" * 4096, f"'{'n' * 64}'..."), ("", "''")):
+    for name, shown in (("nobody", "'nobody'"), ("n" * 4096, f"'{'n' * 64}'...")):
         client.call("set_export_name", name)
         for option in ("opt_info", "opt_go"):
             with pytest.raises(LibnbdError) as failure:
@@ -77,6 +77,23 @@ def test_go_goes_on_after_an_export_that_is_not_there(served: Served) -> None:
     client.call("set_export_name", TOP)
     client.call("opt_go")
     assert client.pread(SIZE, 0) == served.model(TOP)
+    client.close()
+
+
+def test_the_empty_name_is_the_first_disks_export(served: Served) -> None:
+    client = served.haggle("", contexts=[BASE])
+    client.call("set_full_info", True)
+    client.call("opt_info")
+    assert client.call("get_canonical_export_name") == NAME
+    assert client.listed_contexts() == [BASE]
+    client.call("opt_go")
+    assert list(client.block_status(SIZE, 0)) == [BASE]
+    assert client.pread(SIZE, 0) == served.model(NAME)
+    client.close()
+    client = served.libnbd.new()
+    client.call("set_handshake_flags", 0)  # EXPORT_NAME
+    client.call("connect_uri", served.uri(""))
+    assert client.pread(SIZE, 0) == served.model(NAME)
     client.close()
 
 
