@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from libnbd_support import BLOCK
 from peers import Libnbd
 from peers.nbd_wire import FUA, NO_HOLE
 
@@ -14,6 +15,9 @@ SUBCLUSTER = 2048
 
 ACTIVE, HIDDEN, SECONDARY = 1, 2, 3
 """The layers of the view, from the top, in qemu:allocation-depth."""
+
+DATA, HOLE = 0, 3
+"""In base:allocation; a hole is one of zeroes."""
 
 Map = list[tuple[int, int]]
 """(length, status) of runs, neighbours different."""
@@ -93,3 +97,73 @@ def depths(primary: Iterable[int], view: Iterable[int]) -> list[int]:
         ACTIVE if above else HIDDEN if below else SECONDARY
         for below, above in zip(primary, view, strict=True)
     ]
+
+
+class Layers:
+    """What is in which layer of a sparse raw disk that is replicated, by subclusters: DATA or HOLE.
+
+    Zeroes and trims must be of whole blocks of the file system; that an old hole becomes one again
+    is no change.
+    """
+
+    def __init__(self, content: bytes | bytearray) -> None:
+        self.size = len(content)
+        blocks = [any(content[at : at + BLOCK]) for at in range(0, self.size, BLOCK)]
+        count = -(-self.size // SUBCLUSTER)
+        self.disk = [DATA if blocks[at * SUBCLUSTER // BLOCK] else HOLE for at in range(count)]
+        self.hidden: dict[int, int] = {}
+        self.active: dict[int, int] = {}
+
+    def checkpoint(self) -> None:
+        """Both overlays become empty."""
+        self.hidden.clear()
+        self.active.clear()
+
+    def primary_writes(self, offset: int, length: int) -> None:
+        """Old data goes to the hidden overlay, as bytes if it was a hole; whole blocks of the file
+        become data."""
+        for at in self._units(offset, length):
+            self.hidden.setdefault(at, DATA)
+        for at in self._units(offset // BLOCK * BLOCK, length + offset % BLOCK, BLOCK):
+            self.disk[at] = DATA
+
+    def primary_zeroes(self, offset: int, length: int) -> None:
+        """Or trims."""
+        for at in self._units(offset, length):
+            if self.disk[at] == DATA:
+                self.hidden.setdefault(at, DATA)
+            self.disk[at] = HOLE
+
+    def standby_writes(self, offset: int, length: int) -> None:
+        """To the active overlay."""
+        self.active.update(dict.fromkeys(self._units(offset, length), DATA))
+
+    def standby_zeroes(self, offset: int, length: int) -> None:
+        """Or trims."""
+        self.active.update(dict.fromkeys(self._units(offset, length), HOLE))
+
+    def _units(self, offset: int, length: int, unit: int = SUBCLUSTER) -> range:
+        end = min(-(-(offset + length) // unit) * unit, self.size)
+        return range(offset // SUBCLUSTER, -(-end // SUBCLUSTER))
+
+    def disk_map(self) -> Map:
+        """base:allocation of the secondary disk."""
+        return as_map(self.disk, self.size)
+
+    def view_map(self) -> Map:
+        """base:allocation of the view."""
+        return as_map(
+            ({**dict(enumerate(self.disk)), **self.hidden, **self.active}).values(), self.size
+        )
+
+    def depth_map(self) -> Map:
+        """qemu:allocation-depth of the view."""
+        count = len(self.disk)
+        states = depths(
+            *([at in layer for at in range(count)] for layer in (self.hidden, self.active))
+        )
+        return as_map(states, self.size)
+
+    def dirty_map(self, layer: dict[int, int]) -> Map:
+        """qemu:dirty-bitmap:checkpoint of the export whose changes are in an overlay."""
+        return as_map((int(at in layer) for at in range(len(self.disk))), self.size)
