@@ -4,6 +4,7 @@
     NbdClient      a synchronous NBD client in plain Python: no libnbd between a test and the bytes
     RawClient      one that sends any bytes, in all shapes of requests and replies (nbd_wire.py)
     Libnbd         libnbd, in a process of the Python that has its module
+    CountingProxy  between any client and a server: how many bytes travelled
     QmpClient      a synchronous QMP client: every answer as it came, events kept
     Process        a child process that is always killed, with its stderr in every failure
     Guest          a small Linux guest: the kernel's own NBD client
@@ -18,6 +19,7 @@ what judges the code shares none of it.
 
 from peers.certificates import Authority, Credentials
 from peers.command import REPLNBD, Done, fingerprints, refusal, run_replnbd
+from peers.counting_proxy import CountingProxy
 from peers.disk import Disk, DiskFormat, qemu_img
 from peers.guest import Guest
 from peers.libnbd import Libnbd, LibnbdError, LibnbdProcess, ReadChunk
@@ -32,6 +34,7 @@ __all__ = [
     "REPLNBD",
     "Answer",
     "Authority",
+    "CountingProxy",
     "Credentials",
     "Disk",
     "DiskFormat",
