@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from interop_support import (
@@ -24,81 +23,12 @@ from interop_support import (
     random_requests,
     run,
 )
-from peers import NbdClient, PeerError, Process, QmpClient, ReplnbdDisk, wait_until
+from machine import Machine
+from peers import PeerError, ReplnbdDisk, wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
-QEMU = "qemu-system-x86_64"
 SIZE = 6 * MIB + 512
-
-
-class Machine:
-    """A QEMU without a guest: its drives are used through its monitor (`io`), or through an NBD
-    server of its own (`connect`), which goes through the drive as a guest would."""
-
-    def __init__(self, folder: Path, name: str, drives: Sequence[str]) -> None:
-        self.nbd_socket = folder / f"{name}.nbd"
-        qmp_socket = folder / f"{name}.qmp"
-        argv = [QEMU, "-M", "none", "-display", "none", "-nodefaults", "-S"]
-        argv += ["-qmp", f"unix:{qmp_socket},server=on,wait=off"]
-        argv += [word for drive in drives for word in ("-drive", drive)]
-        self.process = Process(argv, log=folder / f"{name}.log")
-        try:
-            self.qmp = self.process.reach(lambda: QmpClient(qmp_socket))
-        except BaseException:
-            self.process.kill()
-            raise
-
-    def io(self, drive: str, *steps: str) -> None:
-        """qemu-io commands on a drive; PeerError when one fails."""
-        for step in steps:
-            said = self.qmp.human(f'qemu-io {drive} "{step}"')
-            if "fail" in said.lower() or "error" in said.lower():
-                raise PeerError(f"{step}: {said}")
-
-    def export(self, drive: str) -> None:
-        """Begin to serve a drive to `connect`."""
-        unix = {"type": "unix", "data": {"path": str(self.nbd_socket)}}
-        self.qmp.execute("nbd-server-start", {"addr": unix})
-        self.qmp.execute("nbd-server-add", {"device": drive, "writable": True})
-
-    def connect(self, drive: str) -> NbdClient:
-        """A new connection to a drive that is exported."""
-        return NbdClient(self.nbd_socket, drive)
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """The data of every event of that name that has come so far."""
-        self.qmp.execute("query-status")  # whatever came before its answer is there now
-        return [event["data"] for event in self.qmp.events if event["event"] == name]
-
-    def wait_for_job(self, job: str, status: str) -> None:
-        """Until a job is in a status."""
-
-        def there() -> bool:
-            listed = {each["id"]: each for each in self.qmp.execute("query-jobs")}
-            assert "error" not in listed[job], listed[job]
-            return bool(listed[job]["status"] == status)
-
-        wait_until(there, f"job {job} {status}")
-
-    def quit(self) -> None:
-        """An orderly end: QMP quit, and exit status 0."""
-        self.qmp.execute("quit")
-        status = self.process.wait()
-        if status:
-            raise PeerError(self.process.failure(f"QEMU ended with {status}"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.qmp.close()
-        self.process.kill()
 
 
 @pytest.fixture
