@@ -113,13 +113,13 @@ COPIES_OUT = {
 def test_a_copy_out_is_as_sparse_and_no_zeroes_travelled(
     still: Sparse, export: str, tool: str
 ) -> None:
-    still.proxy.reset()
+    still.proxy.count()
     copy = still.folder / f"{export} by {tool}"
     run(*COPIES_OUT[tool], still.uri(export), copy)
     assert_same(copy.read_bytes(), still.content, "the copy")
     assert image_map(copy) == image_map(still.source)
     assert allocated(copy) < data_bytes(still.content) + 64 * KIB  # some for the file system
-    assert still.proxy.to_client < data_bytes(still.content) + OVERHEAD
+    assert still.proxy.count().to_client < data_bytes(still.content) + OVERHEAD
 
 
 @pytest.mark.parametrize("export", EXPORTS)
@@ -140,7 +140,7 @@ def test_what_was_trimmed_and_written_is_copied_out_sparse_too(sparse: Sparse, e
     run("nbdcopy", sparse.uri(export), copy)
     assert_same(copy.read_bytes(), sparse.content, "the copy")
     assert image_map(copy) == image_map(sparse.source)
-    assert sparse.proxy.to_client < data_bytes(sparse.content) + OVERHEAD
+    assert sparse.proxy.count().to_client < data_bytes(sparse.content) + OVERHEAD
 
 
 # Section: in
@@ -163,9 +163,9 @@ def test_a_copy_in_leaves_holes_and_no_zeroes_travelled(
             client.pwrite(rng.randrange(SIZE - 300_000), b"old" * 100_000)
     content = islands(rng)
     write_sparse(sparse.source, content)
-    sparse.proxy.reset()
+    sparse.proxy.count()
     run(*COPIES_IN[tool], sparse.source, sparse.uri(export))
-    assert sparse.proxy.to_server < data_bytes(content) + OVERHEAD
+    assert sparse.proxy.count().to_server < data_bytes(content) + OVERHEAD
     assert_same(sparse.standby.content(export), content, export)
     other = EXPORTS[export == NAME]
     assert_same(sparse.standby.content(other), sparse.content, other)
@@ -180,8 +180,9 @@ def test_from_export_to_export_no_zeroes_travel(sparse: Sparse) -> None:
             client.pwrite(start, block)
     run("nbdcopy", sparse.uri(NAME), sparse.uri(TOP))
     assert_same(sparse.standby.content(TOP), content, TOP)
-    assert sparse.proxy.to_client < data_bytes(content) + OVERHEAD
-    assert sparse.proxy.to_server < data_bytes(content) + OVERHEAD
+    traffic = sparse.proxy.count()
+    assert traffic.to_client < data_bytes(content) + OVERHEAD
+    assert traffic.to_server < data_bytes(content) + OVERHEAD
 
 
 # Section: qemu-img on the exports themselves
@@ -191,9 +192,9 @@ def test_from_export_to_export_no_zeroes_travel(sparse: Sparse) -> None:
 def test_qemu_img_map_and_compare_and_bench(sparse: Sparse, export: str) -> None:
     uri = sparse.uri(export)
     assert exported_map(uri) == image_map(sparse.source)
-    sparse.proxy.reset()
+    sparse.proxy.count()
     run("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, sparse.source)
-    assert sparse.proxy.to_client < data_bytes(sparse.content) + OVERHEAD
+    assert sparse.proxy.count().to_client < data_bytes(sparse.content) + OVERHEAD
     run("qemu-img", "bench", "-f", "raw", "-c", "500", "-d", "16", "-s", "4096", uri)
     # It writes zeroes, to where the disk may have data.
     run("qemu-img", "bench", "-f", "raw", "-w", "-c", "500", "-d", "16", "-s", "4096", uri)

@@ -8,23 +8,28 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from peers.nbd_client import connect
+from peers.process import wait_until
 
 RECEIVE_BYTES = 1 << 18
 
 
-class CountingProxy:
-    """Clients of `path` are connected to the server at `target`, each with a connection of its own.
+class Traffic(NamedTuple):
+    """Bytes, all connections together."""
 
-    `to_server` and `to_client` are bytes since the last `reset`, all connections together. Read
-    them when the clients are gone: what is on its way is not counted yet.
-    """
+    to_server: int
+    to_client: int
+
+
+class CountingProxy:
+    """A client of `path` gets a connection of its own to the server at `target`."""
 
     def __init__(self, path: Path, target: Path) -> None:
         self.path = path
-        self.to_server = self.to_client = self.connections = 0
+        self._to_server = self._to_client = 0
+        self._clients = 0
         self._target = target
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -37,10 +42,14 @@ class CountingProxy:
         """The NBD URI of an export behind it."""
         return f"nbd+unix:///{export}?socket={self.path}"
 
-    def reset(self) -> None:
-        """Count from 0."""
+    def count(self) -> Traffic:
+        """Since the last time, or the start; waits until the clients are gone, and what they sent
+        is counted."""
+        wait_until(lambda: not self._clients, "the clients to hang up")
         with self._lock:
-            self.to_server = self.to_client = self.connections = 0
+            traffic = Traffic(self._to_server, self._to_client)
+            self._to_server = self._to_client = 0
+        return traffic
 
     def _start(self, run: Callable[..., None], *arguments: object) -> threading.Thread:
         thread = threading.Thread(target=run, args=arguments, daemon=True)
@@ -54,15 +63,20 @@ class CountingProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return  # closed
+            with self._lock:
+                self._clients += 1
             self._start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
-        with client, connect(self._target) as server:
+        try:
+            with client, connect(self._target) as server:
+                server.settimeout(None)  # a client may be silent for as long as it likes
+                answers = self._start(self._pump, server, client, "_to_client")
+                self._pump(client, server, "_to_server")
+                answers.join()
+        finally:
             with self._lock:
-                self.connections += 1
-            answers = self._start(self._pump, server, client, "to_client")
-            self._pump(client, server, "to_server")
-            answers.join()
+                self._clients -= 1
 
     def _pump(self, source: socket.socket, sink: socket.socket, count: str) -> None:
         try:
