@@ -4,6 +4,7 @@ of a session are split."""
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -17,9 +18,9 @@ from peers.nbd_wire import Shape
 
 from replnbd.block import MemoryNode, RangeLock
 from replnbd.events import EventBus
-from replnbd.nbd import TlsMode
 from replnbd.replication.nodes import GateNode
 from replnbd.server import Export, NbdServer
+from replnbd.server.listener import BoundSocket
 
 SIZE = 1 << 16
 LONG = 255 * 160
@@ -30,10 +31,13 @@ CONTENT = bytes(range(1, 256)) * (SIZE // 255) + bytes(SIZE % 255)
 class NoSocket:
     """What a transport shows that has none."""
 
-    family = 0
+    family = socket.AF_UNIX
 
     def fileno(self) -> int:
         return -1
+
+    def setsockopt(self, *_: object) -> None:
+        pass
 
 
 class MemoryTransport(asyncio.Transport):
@@ -127,7 +131,8 @@ async def talk(pieces: list[bytes], node: MemoryNode) -> bytes:
     node.data[:] = CONTENT
     server = NbdServer(EventBus())
     server.add_export(Export("d", GateNode("gate", SIZE, node, RangeLock())))
-    protocol = server._new_client(TlsMode.OFF)
+    with socket.socket() as nowhere:
+        protocol = server._new_client(BoundSocket(nowhere, "nbd://nowhere"))
     assert isinstance(protocol, asyncio.BufferedProtocol)
     transport = MemoryTransport(protocol)
     for piece in pieces:
