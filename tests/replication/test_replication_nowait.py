@@ -10,12 +10,13 @@ from collections.abc import Awaitable
 
 import pytest
 
-from replnbd.block import BlockNode, Buffer, MemoryNode, read_bytes
+from replnbd.block import BlockNode, Buffer, MemoryNode, RangeLock, read_bytes
 from replnbd.events import EventBus
 from replnbd.filters import CopyBeforeWrite, DelayNode
 from replnbd.jobs import JobRegistry
 from replnbd.qcow2 import Qcow2Node, check_image, create_qcow2, open_qcow2, read_header
 from replnbd.replication import Group, Stage, StandbyDisk
+from replnbd.replication.nodes import GateNode
 
 SUB = 2048
 CLUSTER = 65536
@@ -360,3 +361,39 @@ async def test_a_fenced_side_is_refused_by_the_coroutine() -> None:
         await replica.disk.primary.pwrite(0, b"x")
     while replica.disk.stage is not Stage.DONE:
         await asyncio.sleep(0)
+
+
+class Vast(MemoryNode):
+    """Has nothing in it, and makes zeroes of any part of that at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 1 << 44
+        self.zeroed: list[tuple[int, int]] = []
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        self.zeroed.append((offset, length))
+
+    async def discard(self, offset: int, length: int) -> None:
+        self.zeroed.append((offset, length))
+
+
+@pytest.mark.parametrize("operation", ["write_zeroes", "discard"])
+async def test_long_zeroing_gives_everybody_else_a_turn_every_64_mib(operation: str) -> None:
+    node = Vast()
+    gate = GateNode("gate", node.size, node, RangeLock())
+    start, length = 12345, 1 << 30
+    zeroing = asyncio.ensure_future(getattr(gate, operation)(start, length))
+    turns = 0
+    while not zeroing.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns >= length // (64 << 20)
+    position = start
+    for offset, count in node.zeroed:
+        assert offset == position
+        position += count
+    assert position == start + length
+    assert gate.bytes_written == length
