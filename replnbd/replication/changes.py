@@ -41,6 +41,6 @@ async def _allocated_runs(overlay: OverlayNode, offset: int, length: int) -> Run
         allocated, count = await overlay.allocated(offset, end - offset)
         runs.append((count, allocated))
         offset += count
-        # A longer run is mostly one of no L2 tables, which costs next to nothing.
-        looked_at += min(count, _BYTES_MAX // 4)
+        # A longer run that is not allocated is mostly one of no L2 tables: next to no work.
+        looked_at += count if allocated else min(count, _BYTES_MAX // 4)
     return runs

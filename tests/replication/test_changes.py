@@ -104,3 +104,16 @@ async def test_where_nobody_keeps_account_everything_has_changed() -> None:
     assert await primary_changes(disk, 0, SIZE) == EVERYTHING
     assert await standby_changes(disk, 0, SIZE) == EVERYTHING
     await group.close()
+
+
+async def test_an_answer_falls_short_of_what_would_take_long_to_look_at() -> None:
+    size = 8 << 30
+    built = await build("d", Layout(size, "qcow2"), EventBus(), JobRegistry())
+    group = Group([built.disk])
+    await group.start()
+    assert await standby_changes(built.disk, 0, size) == [(size, False)]  # no table, nothing to do
+    await built.disk.standby.write_zeroes(0, size)
+    runs = await standby_changes(built.disk, 0, size)
+    assert [changed for _, changed in runs] == [True] * len(runs)
+    assert 0 < sum(length for length, _ in runs) <= 1 << 30
+    await group.close()
