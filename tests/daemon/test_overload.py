@@ -118,11 +118,9 @@ def test_clients_that_ask_for_much_and_read_nothing(setup: Setup) -> None:
         memory = resident(running)
         for side in ("d", "d-top"):
             deaf = [running.connect(side) for _ in range(8)]
+            read = struct.pack(">IHHQQI", REQUEST_MAGIC, 0, CMD_READ, 0, 0, largest)
             for client in deaf:
-                for cookie in range(100):
-                    client._wire.sock.sendall(
-                        struct.pack(">IHHQQI", REQUEST_MAGIC, 0, CMD_READ, cookie, 0, largest)
-                    )
+                client._wire.sock.sendall(read * 100)
             wait_until(
                 lambda: resident(running) - memory >= largest * len(deaf),  # noqa: B023
                 "a reply to each",
