@@ -182,7 +182,7 @@ def test_what_it_did_can_be_found_in_its_log(setup: Setup) -> None:
     assert [text for text in texts if text in expected] == expected
     clients = [text for text in texts if "uses export" in text]
     assert len(clients) == 1
-    assert clients[0].endswith(" (unix): uses export d")
+    assert clients[0].endswith(" (unix): uses export d (simple replies)")
 
 
 @pytest.mark.parametrize(
