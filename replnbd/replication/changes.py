@@ -7,6 +7,8 @@ after a checkpoint. Where no account is kept, everything counts as changed.
 
 from __future__ import annotations
 
+import asyncio
+
 from replnbd.block import STATUS_EXTENTS_MAX, OverlayNode
 from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.stage import Stage
@@ -15,7 +17,7 @@ Runs = list[tuple[int, bool]]
 """(length, changed), from an offset on. They may fall short of what was asked."""
 
 _BYTES_MAX = 1 << 30
-"""Looked at in one go: some 16,000 clusters of an overlay, 1 µs each."""
+"""Looked at for one answer: some 16,000 clusters of an overlay."""
 
 
 async def primary_changes(disk: StandbyDisk, offset: int, length: int) -> Runs:
@@ -41,6 +43,7 @@ async def _allocated_runs(overlay: OverlayNode, offset: int, length: int) -> Run
         allocated, count = await overlay.allocated(offset, end - offset)
         runs.append((count, allocated))
         offset += count
+        await asyncio.sleep(0)  # the loop has its turn: that may have taken 10 ms
         # A longer run that is not allocated is mostly one of no L2 tables: next to no work.
         looked_at += count if allocated else min(count, _BYTES_MAX // 4)
     return runs
