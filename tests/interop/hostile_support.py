@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peers import NbdClient, PeerError, Process, RawClient, ReplnbdDaemon, ReplnbdDisk, wait_until
@@ -41,11 +41,17 @@ class Victim:
     """
 
     def __init__(
-        self, process: Process, address: Address, port: int = 0, *, standby: str | None = None
+        self,
+        process: Process,
+        address: Address,
+        ports: Sequence[int] = (),
+        *,
+        standby: str | None = None,
     ) -> None:
         self.process = process
         self.address = address
-        self.tcp_address = ("127.0.0.1", port)
+        self.ports = ports
+        """Of TCP listeners on 127.0.0.1."""
         self.standby = standby
         self.descriptors = process.descriptors + 1
         self.healthy()  # what the first client makes it allocate is no client's harm
@@ -96,7 +102,9 @@ class Victim:
 
 
 @contextlib.contextmanager
-def replnbd(folder: Path, *, big: bool = False) -> Iterator[Victim]:
+def replnbd(
+    folder: Path, *, big: bool = False, listen: Sequence[str] = (), tables: Sequence[str] = ()
+) -> Iterator[Victim]:
     """`replnbd serve` in stage running: "d" for the primary, "d-top" for the standby. `big` adds
     an export of that name, 16 TiB of nothing."""
     disks = [ReplnbdDisk.create(folder, "d", "d-top", CONTENT)]
@@ -106,9 +114,9 @@ def replnbd(folder: Path, *, big: bool = False) -> Iterator[Victim]:
             file.truncate(BIG)
         overlays = folder / "big.hidden", folder / "big.active"
         disks.append(ReplnbdDisk("big", "big-top", path, *overlays, "raw"))
-    with ReplnbdDaemon(folder, disks, listen=["nbd://127.0.0.1:0"]) as daemon:
+    with ReplnbdDaemon(folder, disks, listen=listen, tables=tables) as daemon:
         daemon.qmp.execute("xen-set-replication", {"enable": True, "primary": False})
-        yield Victim(daemon.process, daemon.nbd_socket, daemon.port, standby="d-top")
+        yield Victim(daemon.process, daemon.nbd_socket, daemon.ports, standby="d-top")
         daemon.quit()
 
 

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
-    with replnbd(tmp_path_factory.mktemp("v")) as running:
+    with replnbd(tmp_path_factory.mktemp("v"), listen=["nbd://127.0.0.1:0"]) as running:
         yield running
 
 
@@ -56,7 +56,7 @@ def test_a_session_that_breaks_off_after_any_byte(
     conversation = Conversation.of(shape, "d", CONTENT)
     for length in range(len(conversation.sent) + 1):
         messages = conversation.complete(length)
-        with RawClient(victim.tcp_address if tcp else victim.address) as client:
+        with RawClient(("127.0.0.1", victim.ports[0]) if tcp else victim.address) as client:
             client.send(conversation.sent[:length])
             client.reset()
         victim.settle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import socket
+import ssl
 import struct
 import termios
 from types import TracebackType
@@ -81,6 +82,15 @@ class RawClient:
         raw = fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4))
         return int(struct.unpack("i", raw)[0])
 
+    # Section: TLS
+
+    def start_tls(self, context: ssl.SSLContext, name: str, *, before: bytes = b"") -> None:
+        """STARTTLS, and TLS with the server called `name`. `before` are options that go with it in
+        one packet, in clear text and unread. PeerError if STARTTLS is refused, ssl.SSLError or
+        OSError if TLS fails."""
+        self.option(wire.STARTTLS, more=before)
+        self.sock = context.wrap_socket(self.sock, server_hostname=name)
+
     # Section: a session
 
     def go(
@@ -108,9 +118,9 @@ class RawClient:
         self.transmit(shape)
         return self
 
-    def option(self, number: int, data: bytes = b"") -> list[OptionReply]:
-        """An option, and its replies; PeerError if it is refused."""
-        self.send(wire.option(number, data))
+    def option(self, number: int, data: bytes = b"", *, more: bytes = b"") -> list[OptionReply]:
+        """An option, and its replies; PeerError if it is refused. `more` is sent along."""
+        self.send(wire.option(number, data) + more)
         replies = wire.read_option_replies(self, number)
         if replies[-1].error:
             raise PeerError(f"option {number}: {replies[-1].kind:#x} {replies[-1].payload!r}")

@@ -75,12 +75,10 @@ class ReplnbdDaemon:
         return NbdClient(self.nbd_socket, export)
 
     @property
-    def port(self) -> int:
-        """The TCP port, of the first listener that has one."""
-        found = re.search(r"listening on nbds?://[^/\s]*:(\d+)", self.process.log.read_text())
-        if found is None:
-            raise PeerError(self.process.failure("no TCP port"))
-        return int(found[1])
+    def ports(self) -> list[int]:
+        """Of its TCP listeners, in the order of the configuration."""
+        found = re.findall(r"listening on nbds?://[^/\s]*:(\d+)", self.process.log.read_text())
+        return [int(port) for port in found]
 
     def stages(self) -> set[str]:
         """The stages of all disks, from x-replnbd-status."""
