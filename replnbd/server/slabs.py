@@ -10,6 +10,7 @@ times what it costs to move one.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 INBOX_BYTES = 256 * 1024
 """More than the kernel's default for a unix socket, so that one recv empties it."""
@@ -24,8 +25,10 @@ _SCRAP = memoryview(bytearray(64 * 1024))  # written by all who drop what they r
 _ROOM_MIN = INBOX_BYTES // 4  # with less behind lent slices, take a new slab
 
 
-POOL_BYTES_MAX = 32 << 20
-"""Kept for later, in all of a server: the payloads of one busy client."""
+POOL_BYTES_MAX = 33 << 20
+"""Kept for later, in all of a server: the payloads of one busy client, or the largest."""
+
+_HEADERS_BYTES = 4096  # room for those of a reply, so that a READ fits where a WRITE does
 
 
 class Slab:
@@ -76,8 +79,9 @@ class Pool:
 
 def _rounded(size: int) -> int:
     """Up to a quarter of a power of two, and a page for headers: few sizes, little waste."""
-    step = 1 << max(14, size.bit_length() - 3)
-    return -(-size // step) * step
+    body = max(size - _HEADERS_BYTES, 1)
+    step = 1 << max(14, body.bit_length() - 3)
+    return -(-body // step) * step + _HEADERS_BYTES
 
 
 class Inbox:
@@ -175,12 +179,13 @@ class Outbox:
     reply (`lend`), which is written on its own when it is ready.
     """
 
-    __slots__ = ("_pool", "_sent", "_start", "_transport", "at", "limit", "slab")
+    __slots__ = ("_pool", "_sent", "_start", "_transport", "_written", "at", "limit", "slab")
 
     def __init__(self, transport: asyncio.Transport, pool: Pool) -> None:
         self._transport = transport
         self._pool = pool
-        self._sent: list[Slab] = []
+        self._written = 0  # bytes, ever
+        self._sent: deque[tuple[int, Slab]] = deque()  # with what was written by its end
         self.slab = Slab(START_BYTES)
         self.limit = START_BYTES
         self.at = 0
@@ -188,17 +193,19 @@ class Outbox:
 
     def begin(self) -> None:
         """Before a batch: use the slab from its start again, if everything in it has been sent."""
-        if (self.at or self._sent) and not self._transport.get_write_buffer_size():
-            if not self.slab.users:
+        if self.at or self._sent:
+            unsent = self._transport.get_write_buffer_size()
+            if not unsent and not self.slab.users:
                 self.at = self._start = 0
             if self._sent:
-                self._recycle()
+                self._recycle(unsent)
 
     def flush(self) -> None:
         """Write what is packed. May call the protocol's pause_writing."""
         at = self.at
         if at > self._start:
             self._transport.write(self.slab.view[self._start : at])
+            self._written += at - self._start
             self._start = at
             if not self.slab.users and not self._transport.get_write_buffer_size():
                 self.at = self._start = 0  # it is all gone: stay where the cache is warm
@@ -211,21 +218,30 @@ class Outbox:
             end = self.at + len(reply)
             if end > self.limit:
                 self._transport.write(reply)
+                self._written += len(reply)
                 return
         self.slab.buffer[self.at : end] = reply
         self.at = end
 
-    def send(self, reply: memoryview, slab: Slab | None) -> None:
-        """Write a reply that lies elsewhere; its slab goes back to the pool when it is sent."""
+    def send(self, reply: memoryview, slab: Slab) -> None:
+        """Write a reply that lies in `slab`, which goes back to the pool when it is sent."""
         self.flush()  # any order will do, but the order of requests is nicest
-        self._transport.write(reply)
-        if slab is not None and slab.pooled:
-            self._sent.append(slab)
-
-    def _recycle(self) -> None:
-        for slab in self._sent:
+        self._written += len(reply)
+        if not slab.pooled:
+            self._transport.write(reply)
+        elif 2 * len(reply) < len(slab.buffer):
+            # Most of what was read were holes. How much may wait to be sent is bounded; what it
+            # holds on to must not be a multiple of that.
+            self._transport.write(bytes(reply))
             self._pool.give(slab)
-        self._sent.clear()
+        else:
+            self._transport.write(reply)
+            self._sent.append((self._written, slab))
+
+    def _recycle(self, unsent: int) -> None:
+        sent = self._sent
+        while sent and sent[0][0] <= self._written - unsent:
+            self._pool.give(sent.popleft()[1])
 
     def turn(self) -> None:
         """The slab is full: write it, and start on a fresh one."""
@@ -234,7 +250,7 @@ class Outbox:
         if self.at or self.limit < OUTBOX_BYTES:
             if not self.slab.users:
                 self.slab.pooled = True  # nobody but the transport has it: the pool's, once sent
-                self._sent.append(self.slab)
+                self._sent.append((self._written, self.slab))
             self.slab = self._pool.take(OUTBOX_BYTES)
             self.slab.pooled = False
             self.limit = OUTBOX_BYTES
