@@ -135,6 +135,17 @@ def test_beyond_the_most_clients_a_client_is_refused_and_no_other_harmed(victim:
 # Section: requests that cover a lot
 
 
+def test_claims_of_a_long_payload_cost_little_while_the_bytes_do_not_come(victim: Victim) -> None:
+    """Sixty headers: 2 GiB of payload."""
+    with ExitStack() as stack, victim.checked(peak_bytes_max=60 * (MIB + IDLE_BYTES_MAX)):
+        for _ in range(60):
+            client = stack.enter_context(victim.raw().go("big"))
+            client.send(request(wire.WRITE, 0, 32 * MIB) + bytes(100))
+            client.wait_taken()
+        victim.healthy()
+        stack.close()
+
+
 @pytest.mark.parametrize("shape", [Shape.STRUCTURED, Shape.EXTENDED])
 def test_the_status_of_16_tib_of_nothing_is_one_short_answer(victim: Victim, shape: Shape) -> None:
     """CVE-2025-47711: an extent behind the request's end was an internal error."""

@@ -7,6 +7,7 @@ import random
 from typing import cast
 
 from replnbd.server.slabs import (
+    EXPECTED_BYTES,
     INBOX_BYTES,
     OUTBOX_BYTES,
     POOL_BYTES_MAX,
@@ -109,6 +110,19 @@ def test_an_expected_payload_lands_in_place_and_the_next_bytes_behind_it() -> No
     inbox.settle()
     fill(inbox, b"next")
     assert unparsed(inbox) == b"next"
+
+
+def test_a_payload_s_buffer_grows_with_the_bytes_that_have_come() -> None:
+    inbox = Inbox(Pool())
+    content = random.Random(1).randbytes(32 << 20)
+    fill(inbox, content[:10])
+    inbox.expect(len(content))
+    filled = 10
+    while (complete := inbox.take_payload()) is None:
+        room = len(inbox.get_buffer())
+        assert filled + room <= max(EXPECTED_BYTES, 4 * filled)
+        filled += fill(inbox, content[filled : filled + 300_000])
+    assert complete[0] == content
 
 
 def test_skipped_bytes_are_dropped_however_they_arrive() -> None:
