@@ -88,8 +88,6 @@ class Handshake:
         self.outcome: Outcome | None = None
         self.tls_wanted = False
         """STARTTLS was acknowledged: the caller upgrades, then calls `tls_started`."""
-        self.refused = ""
-        """What the client was refused last, and why; for the log of the caller, who clears it."""
         self.shutting_down = False
         """Set by the caller: every option but ABORT is answered by ERR_SHUTDOWN."""
         # What was negotiated
@@ -253,15 +251,14 @@ class Handshake:
         """An export that the client may use, or the error to send."""
         offer = self._directory.offer(name, self._identity)
         if offer is None:
-            error, text = OptionReply.ERR_UNKNOWN, f"there is no export named {_shown(name)}"
-        elif offer.needs_tls:
-            error, text = OptionReply.ERR_TLS_REQD, f"export {_shown(offer.name)} needs TLS"
-        elif offer.refusal is not None:
-            error, text = OptionReply.ERR_POLICY, offer.refusal
-        else:
-            return offer
-        self.refused = f"{option_name(option)}: {text}"
-        return option_error(option, error, text)
+            text = f"there is no export named {_shown(name)}"
+            return option_error(option, OptionReply.ERR_UNKNOWN, text)
+        if offer.needs_tls:
+            text = f"export {_shown(offer.name)} needs TLS"
+            return option_error(option, OptionReply.ERR_TLS_REQD, text)
+        if offer.refusal is not None:
+            return option_error(option, OptionReply.ERR_POLICY, offer.refusal)
+        return offer
 
     def _contexts_for(self, offer: ExportOffer) -> tuple[str, ...]:
         """What SET_META_CONTEXT has selected, if it was for this export."""

@@ -122,9 +122,6 @@ class Negotiation(asyncio.BufferedProtocol):
         try:
             while not self.write_paused and (reply := self._handshake.advance()) is not None:
                 transport.write(reply)
-                if self._handshake.refused:
-                    log.info("%s: refused %s", self.peer, self._handshake.refused)
-                    self._handshake.refused = ""
         except ProtocolError as exc:
             log.info("%s: closed in the handshake: %s", self.peer, exc)
             transport.close()
