@@ -143,6 +143,10 @@ class Negotiation(asyncio.BufferedProtocol):
 
     async def _start_tls(self, transport: asyncio.Transport) -> None:
         assert self._tls is not None, "a listener that offers TLS has credentials"
+        if self.transport is None or transport.is_closing():
+            # It hung up behind STARTTLS. Loops wait for ever for TLS on a transport that is closed.
+            self._upgrade = None
+            return
         loop = asyncio.get_running_loop()
         try:
             session = self._tls.session(transport.get_extra_info("socket").fileno())
@@ -158,13 +162,14 @@ class Negotiation(asyncio.BufferedProtocol):
             return
         finally:
             self._upgrade = None
-        if secure is None or self.transport is None:  # it hung up meanwhile
+        # A connection that was closed meanwhile gives no transport (asyncio) or an empty one (uvloop).
+        peer = None if secure is None else secure.get_extra_info("ssl_object")
+        if peer is None or self.transport is None:
             self._lost()
             return
         self.transport = secure
         self._reading_paused = False
-        names = session.names(secure.get_extra_info("ssl_object"))
-        self._handshake.tls_started(names)
+        self._handshake.tls_started(session.names(peer))
         log.debug("%s: TLS (%s)", self.peer, self._handshake.identity)
         self._handshake.receive(self._decrypted)
         self._decrypted.clear()
