@@ -25,6 +25,10 @@ UNSENT_BYTES_MAX = 2 << 20
 BATCH_REQUESTS_MAX = 1024
 """Requests run in one turn of the loop: some 3 ms, then other connections have theirs."""
 
+BATCH_BYTES_MAX = c.PAYLOAD_BYTES_MAX
+"""Read in one turn of the loop by large requests: some 10 ms. A client that is gone takes its
+replies without end, and CACHE has none: nothing else would stop them."""
+
 WHOLE_PAYLOAD_MAX = 32 * 1024
 """A WRITE up to this waits in the inbox until its payload is complete (and may be moved there,
 at 20 GB/s); a larger one gets a buffer of its own."""

@@ -21,10 +21,15 @@ from replnbd.nbd import (
     pack_simple_reply_into,
 )
 from replnbd.nbd import constants as c
-from replnbd.nbd.constants import CMD_READ, CMD_WRITE, SIMPLE_REPLY_MAGIC
+from replnbd.nbd.constants import CMD_CACHE, CMD_READ, CMD_WRITE, SIMPLE_REPLY_MAGIC
 from replnbd.server.answers import Answers
 from replnbd.server.export import Export
-from replnbd.server.limits import BATCH_REQUESTS_MAX, PACKED_READ_MAX, WHOLE_PAYLOAD_MAX
+from replnbd.server.limits import (
+    BATCH_BYTES_MAX,
+    BATCH_REQUESTS_MAX,
+    PACKED_READ_MAX,
+    WHOLE_PAYLOAD_MAX,
+)
 from replnbd.server.operations import Contexts, InFlight, Operation, filter_contexts
 from replnbd.server.slabs import Inbox, Outbox, Pool, Slab
 
@@ -55,6 +60,7 @@ class Requests:
         self._on_violation = on_violation
         self._on_turn_over = on_turn_over
         self._incomplete: Request | None = None
+        self._batch_bytes = 0  # read by those requests of it that are not plain
         self.hold = False
         # As negotiated: a client is held to what it was told.
         offer = outcome.export
@@ -111,6 +117,7 @@ class Requests:
         simple_reads, simple_acks = replies is SIMPLE_REPLIES, replies is not EXTENDED_REPLIES
         nowait = node.pread_nowait, node.pwrite_nowait  # CMD_READ is 0, CMD_WRITE is 1
         operations, volume = [0, 0], [0, 0]
+        self._batch_bytes = 0
         for _ in range(BATCH_REQUESTS_MAX):
             start, end = inbox.start, inbox.end
             if end - start < header or self.hold:
@@ -161,8 +168,7 @@ class Requests:
             operations[command] += 1
             volume[command] += length
         else:
-            self.hold = True
-            self._on_turn_over()
+            self._end_turn()
         for command in (CMD_READ, CMD_WRITE):
             self._export.stats.count(command, operations[command], volume[command])
         return operations[0] + operations[1]
@@ -250,7 +256,15 @@ class Requests:
             waiting = running.send(None)
         except StopIteration:
             self._answers.end(operation)
+            if request.command in (CMD_READ, CMD_CACHE):
+                self._batch_bytes += request.length
+                if self._batch_bytes >= BATCH_BYTES_MAX:
+                    self._end_turn()
         except (Exception, asyncio.CancelledError) as exc:
             self._answers.end(operation, exc)
         else:
             self.hold |= self._in_flight.carry(operation, running, waiting)
+
+    def _end_turn(self) -> None:
+        self.hold = True
+        self._on_turn_over()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import weakref
 from pathlib import Path
 
 import pytest
 from server_wire import (
+    CACHE,
     DISC,
     FLUSH,
     READ,
@@ -27,6 +29,7 @@ from replnbd.block import MemoryNode
 from replnbd.server import Export, NbdServer
 from replnbd.server.connection import Connection
 from replnbd.server.limits import (
+    BATCH_BYTES_MAX,
     BATCH_REQUESTS_MAX,
     IN_FLIGHT_BYTES_MAX,
     IN_FLIGHT_MAX,
@@ -243,3 +246,44 @@ async def test_what_a_client_did_not_read_is_freed_when_it_goes(short_dir: Path,
             await settled(lambda: gone() is None)
         finally:
             gc.enable()
+
+
+class Counting(MemoryNode):
+    """Counts the bytes that operations read."""
+
+    bytes_read = 0
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        self.bytes_read += len(buffer)
+        await super().pread(offset, buffer)
+
+
+@on_both_loops
+async def test_for_a_client_that_is_gone_little_is_read(short_dir: Path) -> None:
+    node = Counting(32 * MIB)
+    async with serving(short_dir, Export("e", node)) as server:
+        client = await RawClient.open(short_dir, "e")
+        requests = request(READ, 0, 32 * MIB) * 100
+        # Before the server gets to see them.
+        assert os.write(client.writer.get_extra_info("socket").fileno(), requests) == len(requests)
+        client.writer.transport.abort()
+        await settled(lambda: not server.connections)
+        assert 0 < node.bytes_read <= 2 * BATCH_BYTES_MAX
+        node.data[:] = bytes(32 * MIB)
+        await check_healthy(short_dir, "e", node)
+
+
+@on_both_loops
+async def test_who_has_much_read_into_the_cache_leaves_the_loop_to_others(short_dir: Path) -> None:
+    node, total = Counting(32 * MIB), 20
+    async with serving(short_dir, Export("e", node), Export("other", MemoryNode(MIB))):
+        client = await RawClient.open(short_dir, "e")
+        bystander = await RawClient.open(short_dir, "other")
+        client.send(request(CACHE, 0, 32 * MIB) * total)
+        bystander.send(request(READ, 0, 10))
+        assert await bystander.reply(10) == (0, 0, bytes(10))
+        assert node.bytes_read <= 4 * BATCH_BYTES_MAX
+        assert [await client.reply() for _ in range(total)] == [(0, 0, b"")] * total
+        assert node.bytes_read == total * 32 * MIB
+        await client.close()
+        await bystander.close()
