@@ -27,7 +27,7 @@ class ClientIdentity:
     names: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        names = ", ".join(f"'{name}'" for name in sorted(self.names))
+        names = ", ".join(repr(name) for name in sorted(self.names))
         return names or "clients without a certificate"
 
 

@@ -90,6 +90,8 @@ class Handshake:
         """STARTTLS was acknowledged: the caller upgrades, then calls `tls_started`."""
         self.shutting_down = False
         """Set by the caller: every option but ABORT is answered by ERR_SHUTDOWN."""
+        self.refusal = ""
+        """Why the client did not get what it asked for last, as it was told."""
         # What was negotiated
         self._replies: Replies = SIMPLE_REPLIES
         self._contexts: tuple[str, tuple[str, ...]] = ("", ())
@@ -172,10 +174,14 @@ class Handshake:
     def _refuse_early(self, option: int) -> bytes | None:
         """What forbids any option at this time, if something does."""
         if self.shutting_down:
-            return option_error(option, OptionReply.ERR_SHUTDOWN, "the server is shutting down")
+            return self._refuse(option, OptionReply.ERR_SHUTDOWN, "the server is shutting down")
         if self._in_clear_text and option != Option.STARTTLS:
-            return option_error(option, OptionReply.ERR_TLS_REQD, "TLS is required here")
+            return self._refuse(option, OptionReply.ERR_TLS_REQD, "TLS is required here")
         return None
+
+    def _refuse(self, option: int, reply: OptionReply, text: str) -> bytes:
+        self.refusal = text
+        return option_error(option, reply, text)
 
     @property
     def _in_clear_text(self) -> bool:
@@ -252,12 +258,12 @@ class Handshake:
         offer = self._directory.offer(name, self._identity)
         if offer is None:
             text = f"there is no export named {_shown(name)}"
-            return option_error(option, OptionReply.ERR_UNKNOWN, text)
+            return self._refuse(option, OptionReply.ERR_UNKNOWN, text)
         if offer.needs_tls:
             text = f"export {_shown(offer.name)} needs TLS"
-            return option_error(option, OptionReply.ERR_TLS_REQD, text)
+            return self._refuse(option, OptionReply.ERR_TLS_REQD, text)
         if offer.refusal is not None:
-            return option_error(option, OptionReply.ERR_POLICY, offer.refusal)
+            return self._refuse(option, OptionReply.ERR_POLICY, offer.refusal)
         return offer
 
     def _contexts_for(self, offer: ExportOffer) -> tuple[str, ...]:
@@ -313,11 +319,12 @@ class Handshake:
     def _starttls(self) -> bytes:
         if self._tls is TlsMode.OFF:
             text = "TLS is not offered here"
-            return option_error(Option.STARTTLS, OptionReply.ERR_POLICY, text)
+            return self._refuse(Option.STARTTLS, OptionReply.ERR_POLICY, text)
         if self._identity.secure:
             return _repeated(Option.STARTTLS)
         self._replies = SIMPLE_REPLIES
         self._contexts = ("", ())
+        self.refusal = ""
         self._received.clear()
         self.tls_wanted = True
         return option_reply(Option.STARTTLS, OptionReply.ACK)

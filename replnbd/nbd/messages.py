@@ -182,7 +182,8 @@ def option_reply(option: int, reply: c.OptionReply, payload: bytes = b"") -> byt
 
 def option_error(option: int, reply: c.OptionReply, text: str) -> bytes:
     """An error reply, with a text "suitable for display to the user" of legal length."""
-    return option_reply(option, reply, text.encode()[: c.NAME_BYTES_MAX])
+    legal = text.encode()[: c.NAME_BYTES_MAX].decode(errors="ignore")  # no half a character
+    return option_reply(option, reply, legal.encode())
 
 
 def describe_export(option: int, offer: ExportOffer, flags: int, request: InfoRequest) -> bytes:

@@ -99,8 +99,14 @@ class Negotiation(asyncio.BufferedProtocol):
         self._deadline.cancel()
         if self.transport is not None:
             self.transport = None
-            log.debug("%s: left in the handshake", self.peer)
+            told = self._handshake.refusal and self._handshake.outcome is None
+            level = logging.INFO if told else logging.DEBUG
+            log.log(level, "%s: left in the handshake%s", self.peer, self._refusal())
             self._on_closed(self)
+
+    def _refusal(self) -> str:
+        refusal = self._handshake.refusal
+        return f", refused: {refusal}" if refusal else ""
 
     def shut_down(self) -> None:
         """Refuse whatever it asks for from now on."""
@@ -134,7 +140,8 @@ class Negotiation(asyncio.BufferedProtocol):
         elif outcome is None:
             self._read_if(not self.write_paused)
         elif outcome.export is None:
-            log.info("%s: closed in the handshake: %s", self.peer, outcome.reason)
+            reason = outcome.reason + self._refusal()
+            log.info("%s: closed in the handshake: %s", self.peer, reason)
             transport.close()  # the deadline still runs, for who does not read the last reply
         else:
             self._deadline.cancel()
@@ -162,7 +169,7 @@ class Negotiation(asyncio.BufferedProtocol):
             return
         finally:
             self._upgrade = None
-        # A connection that was closed meanwhile gives no transport (asyncio) or an empty one (uvloop).
+        # A connection that was closed meanwhile gives none (asyncio), or an empty one (uvloop).
         peer = None if secure is None else secure.get_extra_info("ssl_object")
         if peer is None or self.transport is None:
             self._lost()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -29,6 +30,7 @@ from handshake_support import (
     NOT_FIXED,
     PEEK,
     PLAIN,
+    STARTTLS,
     Case,
     Directory,
     check,
@@ -43,7 +45,7 @@ from handshake_support import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replnbd.nbd import Handshake
+from replnbd.nbd import Handshake, TlsMode
 
 CASES = [
     Case(
@@ -327,3 +329,24 @@ def test_data_of_an_unknown_option_is_not_kept() -> None:
         handshake.receive(bytes(65536))
         assert handshake.advance() is None
         assert handshake.unconsumed == b""
+
+
+def test_a_refusal_that_is_too_long_is_cut_between_characters() -> None:
+    fenced = replace(DISK, refusal="x" + "é" * 4096)
+    handshake = Handshake(Directory(fenced))
+    handshake.receive(FIXED + choose(GO, "disk"))
+    assert handshake.advance() == GREETING
+    assert handshake.advance() == error(GO, ERR_POLICY, "x" + "é" * 2047)
+
+
+def test_the_last_refusal_is_known_until_tls_begins() -> None:
+    sent = FIXED + choose(GO, "nosuch") + choose(INFO, "fenced")
+    for tls, refusal in [
+        (TlsMode.OFF, "failover is under way"),
+        (TlsMode.ON, "failover is under way"),
+        (TlsMode.REQUIRE, "TLS is required here"),
+    ]:
+        _, handshake, _ = converse([sent, option(LIST)], tls)
+        assert handshake.refusal == refusal
+        _, handshake, _ = converse([sent, option(STARTTLS)], tls)
+        assert handshake.refusal == ("TLS is not offered here" if tls is TlsMode.OFF else "")

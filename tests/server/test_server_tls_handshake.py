@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from peers.nbd_client import connect
 from peers.nbd_wire import (
+    ABORT,
     FIXED_NO_ZEROES,
+    GO,
     GREETING,
     SET_META_CONTEXT,
     STARTTLS,
@@ -25,7 +27,7 @@ from peers.nbd_wire import (
     meta_context,
     option,
 )
-from server_wire import READ, STATUS, check_healthy, choose, on_both_loops, request
+from server_wire import READ, STATUS, check_healthy, choose, on_both_loops, request, settled
 from tls_wire import (
     RESET_ON_CLOSE,
     STARTTLS_ACK,
@@ -41,7 +43,7 @@ from replnbd.block import MemoryNode
 from replnbd.server import Export
 
 MIB = 1 << 20
-ACK, ERR_INVALID = 1, 0x80000003
+ACK, ERR_INVALID, ERR_TLS_REQD = 1, 0x80000003, 0x80000005
 ALERT = b"\x15"
 NEGOTIATED = option(STRUCTURED_REPLY) + meta_context(SET_META_CONTEXT, "e", "base:allocation")
 INJECTED = NEGOTIATED + choose("e")[4:] + request(READ, 0, 512)
@@ -104,6 +106,31 @@ async def test_clear_text_behind_the_answer_to_starttls_ends_the_connection(
         assert "client 1 (unix): closed, TLS failed: wrong version number" in caplog.text
         node.data[:] = bytes(MIB)
         await check_healthy(short_dir, "e", node)
+
+
+@pytest.mark.parametrize(
+    ("last_words", "logged"),
+    [
+        (b"", "left in the handshake"),
+        (option(ABORT), "closed in the handshake: the client aborted"),
+    ],
+    ids=["just_hangs_up", "aborts"],
+)
+@on_both_loops
+async def test_why_a_client_was_refused_is_in_the_log(
+    short_dir: Path, pki: Pki, caplog: pytest.LogCaptureFixture, last_words: bytes, logged: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with serving_tls(short_dir, Export("e", MemoryNode(MIB)), tls=pki.tls()) as server:
+        client = await TlsClient.connect(short_dir)
+        client.send_raw(choose("e") + last_words)
+        text = b"TLS is required here"
+        refusal = struct.pack(">QIII", 0x3E889045565A9, GO, ERR_TLS_REQD, len(text)) + text
+        assert await client.reader.readexactly(18 + len(refusal)) == GREETING + refusal
+        client.hang_up()
+        await settled(lambda: not server._negotiations)
+    said = [each.getMessage() for each in caplog.records if "client 1" in each.getMessage()]
+    assert said == [f"client 1 (unix): {logged}, refused: TLS is required here"]
 
 
 @pytest.mark.parametrize("listener", ["t", "on"])
