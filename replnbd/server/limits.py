@@ -64,6 +64,9 @@ CACHE_CHUNK = 256 << 10
 CACHE_BYTES_MAX = c.PAYLOAD_BYTES_MAX
 """Of one CACHE request: no more than a READ could ask for."""
 
+FAREWELL_TLS_S = 1.0
+"""How long a client with which TLS failed has to read why, and to hang up."""
+
 TLS_SHUTDOWN_TIMEOUT_S = 5.0
 """How long a client has to answer the end of TLS, before the connection just ends."""
 WRITE_TIMEOUT_S = 60.0

@@ -11,7 +11,8 @@ from typing import cast
 from replnbd.errors import ConfigError, ProtocolError
 from replnbd.nbd import ExportDirectory, Handshake, Outcome, TlsMode
 from replnbd.server import limits
-from replnbd.server.tls import Tls, describe_failure
+from replnbd.server.farewell import Farewell
+from replnbd.server.tls import INTERNAL_ERROR, Tls, describe_failure
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Negotiation(asyncio.BufferedProtocol):
         self._handshake = Handshake(directory, tls_mode)
         self._tls = tls
         self._upgrade: asyncio.Task[None] | None = None
+        self._parting = False
         self._decrypted = bytearray()  # what came while the upgrade was not over for us
         self._serial = serial
         self._on_chosen = on_chosen
@@ -93,7 +95,8 @@ class Negotiation(asyncio.BufferedProtocol):
         return
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lost()
+        if not self._parting:
+            self._lost()
 
     def _lost(self) -> None:
         self._deadline.cancel()
@@ -116,6 +119,8 @@ class Negotiation(asyncio.BufferedProtocol):
         """Hang up at once."""
         if self.transport is not None:
             self.transport.abort()
+        if self._parting and self._upgrade is not None:
+            self._upgrade.cancel()
 
     def _expired(self) -> None:
         log.info("%s: no export chosen within %g s: closed", self.peer, self._timeout_s)
@@ -154,21 +159,24 @@ class Negotiation(asyncio.BufferedProtocol):
             # It hung up behind STARTTLS. Loops wait for ever for TLS on a transport that is closed.
             self._upgrade = None
             return
-        loop = asyncio.get_running_loop()
+        loop, fd = asyncio.get_running_loop(), transport.get_extra_info("socket").fileno()
         try:
-            session = self._tls.session(transport.get_extra_info("socket").fileno())
+            session = self._tls.session(fd)
+        except ConfigError as exc:
+            log.warning("%s: closed, TLS failed: %s", self.peer, exc)
+            await self._part(transport, Farewell(fd, INTERNAL_ERROR))
+            return
+        try:
             secure = await loop.start_tls(
                 transport, self, session.context, server_side=True,
                 ssl_handshake_timeout=self._timeout_s,
                 ssl_shutdown_timeout=limits.TLS_SHUTDOWN_TIMEOUT_S,
             )  # fmt: skip
-        except (OSError, ConfigError) as exc:  # ssl.SSLError and TimeoutError are OSErrors
+        except OSError as exc:  # ssl.SSLError and TimeoutError are some
             log.info("%s: closed, TLS failed: %s", self.peer, describe_failure(exc))
-            transport.abort()
-            self._lost()
+            await self._part(transport, session.farewell)
             return
-        finally:
-            self._upgrade = None
+        self._upgrade = None
         # A connection that was closed meanwhile gives none (asyncio), or an empty one (uvloop).
         peer = None if secure is None else secure.get_extra_info("ssl_object")
         if peer is None or self.transport is None:
@@ -181,6 +189,17 @@ class Negotiation(asyncio.BufferedProtocol):
         self._handshake.receive(self._decrypted)
         self._decrypted.clear()
         self._advance()
+
+    async def _part(self, transport: asyncio.Transport, farewell: Farewell | None) -> None:
+        """Hang up; a client that was told something gets time to read it."""
+        self._parting = True
+        transport.abort()
+        try:
+            if farewell is not None:
+                await farewell.wait()
+        finally:
+            self._upgrade = None
+            self._lost()
 
     def _read_if(self, wanted: bool) -> None:
         """Read from the client only while it reads from us."""

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from replnbd.errors import ConfigError
+from replnbd.server.farewell import Farewell
 
 PSK_AVAILABLE = hasattr(ssl.SSLContext, "set_psk_server_callback")
+INTERNAL_ERROR = bytes.fromhex("15030300020250")
+"""The alert that says: it is not your fault."""
+
 _PSK_BYTES_MAX = 256  # OpenSSL's PSK_MAX_PSK_LEN
 
 
@@ -37,6 +41,7 @@ class _Context(ssl.SSLContext):
     """By whose key the client came in."""
     fd = -1
     """Of the client's socket."""
+    farewell: Farewell | None = None
     _outgoing: ssl.MemoryBIO
 
     def wrap_bio(
@@ -52,10 +57,8 @@ class _Context(ssl.SSLContext):
 
     def send_alert(self) -> None:
         """What the failed handshake had to say."""
-        try:
-            os.write(self.fd, self._outgoing.read())
-        except OSError:
-            pass  # it does not listen any more
+        if alert := self._outgoing.read():
+            self.farewell = Farewell(self.fd, alert)
 
 
 class _SslObject(ssl.SSLObject):
@@ -76,6 +79,11 @@ class TlsSession:
 
     def __init__(self, context: _Context) -> None:
         self.context = context
+
+    @property
+    def farewell(self) -> Farewell | None:
+        """What the client was told when the handshake failed; to be awaited."""
+        return self.context.farewell
 
     def names(self, peer: ssl.SSLObject) -> frozenset[str]:
         """Who the client is: the common name and the DNS names of its certificate, or the user of

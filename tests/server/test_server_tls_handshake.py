@@ -21,6 +21,7 @@ from peers.nbd_wire import (
     FIXED_NO_ZEROES,
     GO,
     GREETING,
+    LIST,
     SET_META_CONTEXT,
     STARTTLS,
     STRUCTURED_REPLY,
@@ -41,6 +42,7 @@ from tls_wire import pki as pki
 
 from replnbd.block import MemoryNode
 from replnbd.server import Export
+from replnbd.server.limits import FAREWELL_TLS_S
 
 MIB = 1 << 20
 ACK, ERR_INVALID, ERR_TLS_REQD = 1, 0x80000003, 0x80000005
@@ -180,6 +182,54 @@ async def test_what_is_no_tls_ends_the_connection(
             client.hang_up()
         assert caplog.text.count("client 1 (unix): closed, TLS failed: ") == 1
         await check_healthy(short_dir, "e", node)
+
+
+@pytest.mark.parametrize("over_tcp", [False, True], ids=["unix", "tcp"])
+@on_both_loops
+async def test_who_is_refused_can_still_send_and_then_read_why(
+    short_dir: Path, pki: Pki, caplog: pytest.LogCaptureFixture, over_tcp: bool
+) -> None:
+    """In TLS 1.3 a client hears only then that its certificate is missing."""
+    caplog.set_level(logging.INFO)
+    tls = pki.tls(verify=True)
+    async with serving_tls(short_dir, Export("e", MemoryNode(MIB)), tls=tls) as server:
+        port = await tcp_port(server)
+        async with leaving_nothing(server, caplog):
+            client = await (
+                TlsClient.connect_tcp(port) if over_tcp else TlsClient.connect(short_dir)
+            )
+            await (await client.starttls()).handshake(pki.context())
+            await settled(lambda: "TLS failed" in caplog.text)
+            for _ in range(10):
+                client.send(option(LIST))
+                await asyncio.sleep(0)
+            with pytest.raises(ssl.SSLError, match="TLSV13_ALERT_CERTIFICATE_REQUIRED"):
+                await client.receive(1)
+            client.hang_up()
+    assert "): closed, TLS failed: peer did not return a certificate" in caplog.text
+
+
+@pytest.mark.parametrize("closing", [False, True])
+@on_both_loops
+async def test_who_is_refused_and_stays_is_left_behind(
+    short_dir: Path, pki: Pki, caplog: pytest.LogCaptureFixture, closing: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    clock, export = asyncio.get_running_loop().time, Export("e", MemoryNode(MIB))
+    async with (
+        serving_tls(short_dir, export, tls=pki.tls(verify=True)) as server,
+        leaving_nothing(server, caplog),
+    ):
+        client = await TlsClient.connect(short_dir)
+        await (await client.starttls()).handshake(pki.context())
+        await settled(lambda: "TLS failed" in caplog.text)
+        assert len(server._negotiations) == 1
+        begin_s = clock()
+        if closing:
+            await server.close(timeout_s=0.0)
+        await settled(lambda: not server._negotiations)
+        assert clock() - begin_s < (FAREWELL_TLS_S / 2 if closing else 2 * FAREWELL_TLS_S)
+        client.hang_up()
 
 
 def old_context(pki: Pki, version: str) -> ssl.SSLContext:

@@ -129,12 +129,12 @@ class TlsClient(RawClient):
         """TLS. `behind` is encrypted, and in the segment that ends the handshake for the server
         (TLS 1.3: the client has the last word)."""
         self.begin(context)
+        assert self.tls is not None
         self.send_raw(await self.step())
         last = await self.step()
-        if context.maximum_version == ssl.TLSVersion.TLSv1_2:
+        if self.tls.version() is None:  # TLS 1.2: the server has it
             self.send_raw(last)
-            assert await self.step() == b""
-            last = b""
+            last = await self.step()
         self.send_raw(last + self.encrypt(behind))
         return self
 
