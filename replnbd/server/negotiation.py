@@ -12,7 +12,7 @@ from replnbd.errors import ConfigError, ProtocolError
 from replnbd.nbd import ExportDirectory, Handshake, Outcome, TlsMode
 from replnbd.server import limits
 from replnbd.server.farewell import Farewell
-from replnbd.server.tls import INTERNAL_ERROR, Tls, describe_failure
+from replnbd.server.tls import INTERNAL_ERROR, Tls
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Negotiation(asyncio.BufferedProtocol):
                 ssl_shutdown_timeout=limits.TLS_SHUTDOWN_TIMEOUT_S,
             )  # fmt: skip
         except OSError as exc:  # ssl.SSLError and TimeoutError are some
-            log.info("%s: closed, TLS failed: %s", self.peer, describe_failure(exc))
+            log.info("%s: closed, TLS failed: %s", self.peer, session.describe_failure(exc))
             await self._part(transport, session.farewell)
             return
         self._upgrade = None

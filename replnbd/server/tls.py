@@ -2,6 +2,7 @@
 
 X.509: a certificate and its key; with a client CA, clients must show a certificate that it signed.
 PSK: a file of lines USER:HEX-KEY, as GnuTLS's psktool writes; it needs Python 3.13.
+Both: a client with a key needs no certificate.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ INTERNAL_ERROR = bytes.fromhex("15030300020250")
 
 _PSK_BYTES_MAX = 256  # OpenSSL's PSK_MAX_PSK_LEN
 
+# For TLS 1.2. By name, because "PSK" stands for suites without encryption, too.
+_PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305:ECDHE-PSK-AES256-CBC-SHA384:ECDHE-PSK-AES128-CBC-SHA256"
+_CERTIFICATE_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+
+# In TLS 1.3 a key needs a suite with SHA-256. With a certificate at hand, OpenSSL prefers others,
+# which leave the key unused, and Python cannot tell it to do otherwise.
+_VERSION_WITH_BOTH = ssl.TLSVersion.TLSv1_2
+
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
@@ -33,12 +42,19 @@ class TlsFiles:
     psk: str | None = None
 
 
+@dataclass(slots=True)
+class _Claim:
+    """Whose key a client says it has; TLS may then go on without it."""
+
+    user: str | None = None
+    known: bool = False
+
+
 class _Context(ssl.SSLContext):
     """For one client. A loop that sees a TLS handshake fail drops the connection, and with it the
     alert that would have told the client why: this one sends it first."""
 
-    user: str | None = None
-    """By whose key the client came in."""
+    claim: _Claim | None = None
     fd = -1
     """Of the client's socket."""
     farewell: Farewell | None = None
@@ -88,8 +104,9 @@ class TlsSession:
     def names(self, peer: ssl.SSLObject) -> frozenset[str]:
         """Who the client is: the common name and the DNS names of its certificate, or the user of
         its key. Empty if it showed none."""
-        if self.context.user is not None:
-            return frozenset([self.context.user])
+        claim = self.context.claim
+        if claim is not None and claim.user is not None and _key_was_used(peer):
+            return frozenset([claim.user])
         certificate: dict[str, Any] = peer.getpeercert() or {}
         names = [
             value
@@ -99,6 +116,15 @@ class TlsSession:
         ]
         names += [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
         return frozenset(names)
+
+    def describe_failure(self, exc: BaseException) -> str:
+        """Why the handshake failed, for the log."""
+        claim = self.context.claim
+        if claim is None or claim.user is None or not isinstance(exc, ssl.SSLError):
+            return describe_failure(exc)
+        if not claim.known:
+            return f"there is no key of user {claim.user!r}"
+        return f"user {claim.user!r} has another key ({describe_failure(exc)})"
 
 
 class Tls:
@@ -120,21 +146,16 @@ class Tls:
         context = _Context(ssl.PROTOCOL_TLS_SERVER)
         context.sslobject_class = _SslObject
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION
+        # A ticket is for the context that gave it: nobody can use it.
+        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
+        context.num_tickets = 0
         files = self._files
         if files.certificate is not None:
             _load_certificate(context, files.certificate, files.key or files.certificate)
         if files.client_ca is not None:
             _load_client_ca(context, files.client_ca)
         if files.psk is not None:
-            keys = _read_keys(files.psk)
-
-            def key_of(user: str | None) -> bytes:
-                context.user = user
-                return keys.get(user or "", b"")  # no key: OpenSSL refuses
-
-            context.set_psk_server_callback(key_of, "replnbd")  # type: ignore[attr-defined]
-            context.set_ciphers("PSK" if files.certificate is None else "DEFAULT:PSK")
+            _load_keys(context, files.psk, alone=files.certificate is None)
         return context
 
 
@@ -158,8 +179,31 @@ def _load_client_ca(context: ssl.SSLContext, path: str) -> None:
         raise ConfigError(f"[tls] key 'client-ca': cannot use {path}: {_why(exc)}") from exc
 
 
+def _load_keys(context: _Context, path: str, *, alone: bool) -> None:
+    keys = _read_keys(path)
+    # Nothing of the context may be in the callback: Python would not see that cycle, and keep it.
+    claim = context.claim = _Claim()
+
+    def key_of(user: str | None) -> bytes:
+        claim.user, claim.known = user, user in keys
+        return keys.get(user or "", b"")  # no key: OpenSSL refuses
+
+    context.set_psk_server_callback(key_of)  # type: ignore[attr-defined]
+    if alone:
+        context.set_ciphers(_PSK_CIPHERS)
+    else:
+        context.maximum_version = _VERSION_WITH_BOTH
+        context.set_ciphers(f"{_PSK_CIPHERS}:{_CERTIFICATE_CIPHERS}")
+
+
+def _key_was_used(peer: ssl.SSLObject) -> bool:
+    """Or else the client only said that it had one."""
+    suite = peer.cipher() or ("", "", 0)
+    return "PSK" in suite[0] or bool(peer.session_reused)  # OpenSSL's word for it, in TLS 1.3
+
+
 def describe_failure(exc: BaseException) -> str:
-    """Why a TLS handshake failed, for the log."""
+    """Why TLS failed, for the log, as far as the error tells."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         return f"the client's certificate was refused: {exc.verify_message}"
     if isinstance(exc, ssl.SSLError):
