@@ -21,6 +21,9 @@ PSK_AVAILABLE = hasattr(ssl.SSLContext, "set_psk_server_callback")
 INTERNAL_ERROR = bytes.fromhex("15030300020250")
 """The alert that says: it is not your fault."""
 
+_CERTIFICATE, _PRIVATE_KEY = b"CERTIFICATE-----", b"PRIVATE KEY-----"
+_FILE_BYTES_MAX = 1 << 20  # more than all of the world's authorities
+
 _PSK_BYTES_MAX = 256  # OpenSSL's PSK_MAX_PSK_LEN
 
 # For TLS 1.2. By name, because "PSK" stands for suites without encryption, too.
@@ -151,7 +154,7 @@ class Tls:
         context.num_tickets = 0
         files = self._files
         if files.certificate is not None:
-            _load_certificate(context, files.certificate, files.key or files.certificate)
+            _load_certificate(context, files.certificate, files.key)
         if files.client_ca is not None:
             _load_client_ca(context, files.client_ca)
         if files.psk is not None:
@@ -159,23 +162,31 @@ class Tls:
         return context
 
 
-def _load_certificate(context: ssl.SSLContext, certificate: str, key: str) -> None:
-    _check_readable("certificate", certificate)
-    _check_readable("key", key)
+def _load_certificate(context: ssl.SSLContext, certificate: str, key: str | None) -> None:
+    found = _read("certificate", certificate)
+    if _CERTIFICATE not in found:
+        raise ConfigError(f"[tls] key 'certificate': {certificate} has no certificate in PEM")
+    if key is None and _PRIVATE_KEY not in found:
+        raise ConfigError(
+            f"[tls] key 'certificate': {certificate} has no private key in PEM, and there is no"
+            " key 'key'"
+        )
+    if key is not None and _PRIVATE_KEY not in _read("key", key):
+        raise ConfigError(f"[tls] key 'key': {key} has no private key in PEM")
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
-    except (ssl.SSLError, OSError, ValueError) as exc:
-        raise ConfigError(
-            f"[tls] cannot use certificate {certificate} with key {key}: {_why(exc)}"
-        ) from exc
+    except (OSError, ValueError) as exc:  # ssl.SSLError is an OSError
+        files = certificate if key is None else f"{certificate} with key {key}"
+        raise ConfigError(f"[tls] cannot use certificate {files}: {_why(exc)}") from exc
 
 
 def _load_client_ca(context: ssl.SSLContext, path: str) -> None:
-    _check_readable("client-ca", path)
+    if _CERTIFICATE not in _read("client-ca", path):
+        raise ConfigError(f"[tls] key 'client-ca': {path} has no certificate in PEM")
     context.verify_mode = ssl.CERT_REQUIRED
     try:
         context.load_verify_locations(path)
-    except (ssl.SSLError, OSError) as exc:
+    except OSError as exc:
         raise ConfigError(f"[tls] key 'client-ca': cannot use {path}: {_why(exc)}") from exc
 
 
@@ -207,20 +218,21 @@ def describe_failure(exc: BaseException) -> str:
     if isinstance(exc, ssl.SSLCertVerificationError):
         return f"the client's certificate was refused: {exc.verify_message}"
     if isinstance(exc, ssl.SSLError):
-        reason = (exc.reason or str(exc)).replace("_", " ").lower()
-        if "alert" in reason:
-            return f"the client refused: {reason}"
-        return reason
+        reason = _why(exc)
+        return f"the client refused: {reason}" if "alert" in reason else reason
     if isinstance(exc, ConnectionError):
-        return "the client hung up"
+        return "the client hung up; it may not trust our certificate"  # GnuTLS's do not say
     return str(exc) or type(exc).__name__
 
 
-def _check_readable(key: str, path: str) -> None:
+def _read(key: str, path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        # A FIFO would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ConfigError(f"[tls] key '{key}': {path} is no file")
+            return file.read(_FILE_BYTES_MAX)
     except OSError as exc:
         raise ConfigError(f"[tls] key '{key}': cannot read {path}: {exc.strerror}") from exc
 
@@ -228,21 +240,19 @@ def _check_readable(key: str, path: str) -> None:
 def _read_keys(path: str) -> dict[str, bytes]:
     if not PSK_AVAILABLE:
         raise ConfigError("[tls] key 'psk': this Python has no TLS-PSK; it needs 3.13 or later")
-    _check_readable("psk", path)
     keys: dict[str, bytes] = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            text = line.strip()
-            if not text or text.startswith("#"):
-                continue
-            user, colon, digits = text.rpartition(":")
-            try:
-                key = binascii.unhexlify(digits)
-            except binascii.Error:
-                key = b""
-            if not (user and colon and 0 < len(key) <= _PSK_BYTES_MAX):
-                raise ConfigError(f"[tls] key 'psk': {path}, line {number}: not USER:HEX-KEY")
-            keys[user] = key
+    for number, line in enumerate(_read("psk", path).decode(errors="replace").splitlines(), 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        user, _, digits = text.rpartition(":")
+        try:
+            key = binascii.unhexlify(digits)
+        except ValueError:
+            key = b""
+        if not (user and 0 < len(key) <= _PSK_BYTES_MAX):
+            raise ConfigError(f"[tls] key 'psk': {path}, line {number}: not USER:HEX-KEY")
+        keys[user] = key
     if not keys:
         raise ConfigError(f"[tls] key 'psk': {path} has no keys")
     return keys
@@ -250,10 +260,12 @@ def _read_keys(path: str) -> dict[str, bytes]:
 
 def _no_password() -> str:
     # Without this, OpenSSL asks at the terminal.
-    raise ssl.SSLError("the key is encrypted, and nobody is there to type a password")
+    raise ValueError("the key is encrypted, and nobody is there to type a password")
 
 
 def _why(exc: OSError | ValueError) -> str:
     if isinstance(exc, ssl.SSLError):
+        if "PEM lib" in str(exc):
+            return "not valid PEM"
         return (exc.reason or str(exc)).replace("_", " ").lower()
     return getattr(exc, "strerror", None) or str(exc)
