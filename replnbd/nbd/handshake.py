@@ -260,8 +260,11 @@ class Handshake:
             text = f"there is no export named {_shown(name)}"
             return self._refuse(option, OptionReply.ERR_UNKNOWN, text)
         if offer.needs_tls:
-            text = f"export {_shown(offer.name)} needs TLS"
-            return self._refuse(option, OptionReply.ERR_TLS_REQD, text)
+            # "MUST NOT send NBD_REP_ERR_TLS_REQD in response to any option other than" these, nor
+            # to any where TLS is not offered
+            wanted = option in (Option.INFO, Option.GO) and self._tls is TlsMode.ON
+            kind = OptionReply.ERR_TLS_REQD if wanted else OptionReply.ERR_POLICY
+            return self._refuse(option, kind, f"export {_shown(offer.name)} needs TLS")
         if offer.refusal is not None:
             return self._refuse(option, OptionReply.ERR_POLICY, offer.refusal)
         return offer

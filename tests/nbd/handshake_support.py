@@ -119,6 +119,13 @@ class Case:
     tls: TlsMode = TlsMode.OFF
 
 
+def drain(handshake: Handshake) -> bytes:
+    answer = b""
+    while (part := handshake.advance()) is not None:
+        answer += part
+    return answer
+
+
 def converse(
     pieces: Iterable[bytes], tls: TlsMode = TlsMode.OFF
 ) -> tuple[bytes, Handshake, ProtocolError | None]:

@@ -41,6 +41,7 @@ from handshake_support import (
     contexts,
     converse,
     details,
+    drain,
     error,
     listed,
     meta,
@@ -322,13 +323,6 @@ def test_ids_of_contexts_are_unique_and_the_same_each_time() -> None:
     assert answer == GREETING + STRUCTURED_ACK + expected
 
 
-def drain(handshake: Handshake) -> bytes:
-    answer = b""
-    while (part := handshake.advance()) is not None:
-        answer += part
-    return answer
-
-
 @pytest.mark.parametrize("tls", [TlsMode.ON, TlsMode.REQUIRE])
 def test_starttls_forgets_what_was_negotiated_and_what_came_behind_it(tls: TlsMode) -> None:
     handshake = Handshake(DIRECTORY, tls)
@@ -360,13 +354,21 @@ def test_an_export_for_tls_alone_is_not_told_of_in_clear_text() -> None:
     text = "export 'secret' needs TLS"
     assert drain(handshake) == (
         GREETING + listed(PLAIN) + reply(LIST, ACK) + error(INFO, ERR_TLS_REQD, text)
-        + error(GO, ERR_TLS_REQD, text) + error(LIST_META, ERR_TLS_REQD, text)
+        + error(GO, ERR_TLS_REQD, text) + error(LIST_META, ERR_POLICY, text)
         + reply(STARTTLS, ACK)
     )  # fmt: skip
     handshake.tls_started(frozenset(["client"]))
     handshake.receive(option(LIST) + choose(GO, "secret"))
     shown = listed(PLAIN) + listed(SECRET) + reply(LIST, ACK)
     assert drain(handshake) == shown + details(GO, SECRET)
+
+
+def test_where_tls_is_not_offered_nobody_is_told_to_use_it() -> None:
+    handshake = Handshake(Directory(PLAIN, SECRET))
+    handshake.receive(FIXED + choose(INFO, "secret") + choose(GO, "secret"))
+    text = "export 'secret' needs TLS"
+    expected = GREETING + error(INFO, ERR_POLICY, text) + error(GO, ERR_POLICY, text)
+    assert drain(handshake) == expected
 
 
 def test_export_name_of_an_export_for_tls_alone_ends_without_an_answer() -> None:
