@@ -204,8 +204,8 @@ def _check_allow(disk: DiskConfig, tls: TlsConfig | None) -> None:
         if tls is None or (tls.client_ca is None and tls.psk is None):
             name = key.replace("_", "-")
             raise ConfigError(
-                f"key '{name}': clients are known by their certificates, which needs"
-                " [tls] key 'client-ca'"
+                f"key '{name}': clients are known by their certificates or keys, which needs"
+                " [tls] key 'client-ca' or 'psk'"
             )
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from replnbd.daemon import Config, DiskConfig, ServerConfig, check_config, load_config
-from replnbd.daemon.config import DEFAULT_LISTEN, default_control
+from replnbd.daemon import Config, DiskConfig, ServerConfig, TlsConfig, check_config
+from replnbd.daemon.config import DEFAULT_LISTEN, default_control, load_config
 from replnbd.errors import ConfigError
 
 DISK = '[[disk]]\nname = "vm0"\nmode = "secondary"\ntop-id = "top0"\nsecondary = "vm0.raw"\n'
 OTHER = '[[disk]]\nname = "vm1"\nmode = "secondary"\ntop-id = "top1"\nsecondary = "vm1.raw"\n'
 IN_DISK = "[[disk]] 1 ('vm0')"
+TLS = "[tls]\ncertificate = 'x.pem'\nclient-ca = 'ca.pem'\n"
+TLS_FILES = ("certificate", "key", "client-ca", "psk")
+KNOWN_BY = "certificates or keys, which needs [tls] key 'client-ca' or 'psk'"
 
 
 def refusal(folder: Path, text: str | bytes) -> str:
@@ -195,6 +198,64 @@ MISTAKES = {
         DISK.replace("top0", "vm0"),
         f"{IN_DISK} key 'top-id': 'vm0' is also the name of [[disk]] 1",
     ),
+    # TLS
+    "tls no table": ("tls = 1\n" + DISK, "[tls]: expected table, got integer"),
+    "unknown key in [tls]": (DISK + "[tls]\nca = 'x'", "[tls]: unknown key `ca`"),
+    "[tls] with nothing": (DISK + "[tls]", "[tls]: needs key 'certificate', or 'psk'"),
+    "[tls] with an authority alone": (
+        DISK + "[tls]\nclient-ca = 'ca.pem'",
+        "[tls]: needs key 'certificate', or 'psk'",
+    ),
+    **{
+        f"{key} without a certificate": (
+            DISK + f"[tls]\npsk = 'keys.psk'\n{key} = 'x.pem'",
+            f"[tls] key '{key}': without key 'certificate' it means nothing",
+        )
+        for key in ("key", "client-ca")
+    },
+    **{
+        f"{key} no string": (
+            DISK + f"[tls]\n{key} = ['x.pem']",
+            f"[tls] key '{key}': expected string, got array",
+        )
+        for key in TLS_FILES
+    },
+    **{
+        f"{key} is {name}": (
+            f"{DISK}[tls]\n{key} = {path}\n"
+            + "".join(f"{other} = 'x'\n" for other in TLS_FILES if other != key),
+            f"[tls] key '{key}': needs the path of a file",
+        )
+        for key in TLS_FILES
+        for name, path in (("empty", "''"), ("a NUL", '"a\\u0000b"'))
+    },
+    **{
+        f"{key} {what}": (
+            DISK + f"{key} = ['primary']\n" + tls,
+            f"{IN_DISK}: key '{key}': clients are known by their {KNOWN_BY}",
+        )
+        for key in ("allow", "top-allow")
+        for what, tls in (
+            ("without [tls]", ""),
+            ("where clients need no certificate", "[tls]\ncertificate = 'x.pem'"),
+        )
+    },
+    "allow no array": (
+        DISK + "allow = 'primary'\n" + TLS,
+        "[[disk]] 1 key 'allow': expected array, got string",
+    ),
+    "top-allow of no strings": (
+        DISK + "top-allow = [1]\n" + TLS,
+        "[[disk]] 1 key 'top-allow[0]': expected string, got integer",
+    ),
+    "default-export no string": (
+        "[server]\ndefault-export = 1\n" + DISK,
+        "[server] key 'default-export': expected string, got integer",
+    ),
+    "default-export that is none": (
+        "[server]\ndefault-export = 'vm1'\n" + DISK,
+        "[server] key 'default-export': there is no export 'vm1'",
+    ),
     # Not TOML
     "no TOML": (
         "listen nbd://",
@@ -273,6 +334,33 @@ def test_what_is_not_said_has_its_default(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.server == ServerConfig(listen=[DEFAULT_LISTEN], control="/x/qmp.sock")
     assert [disk.format for disk in config.disk] == ["raw", "qcow2"]
     assert {disk.durability for disk in config.disk} == {"process"}
+
+
+def test_the_files_of_tls_are_those_of_the_configurations_directory(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    files = 'certificate = "tls/x.pem"\nkey = "../x.key"\nclient-ca = "/ca.pem"\npsk = "x.psk"\n'
+    path.write_text(DISK + f'allow = ["primary"]\ntop-allow = []\n[tls]\n{files}')
+    config = load_config(path)
+    assert config.tls == TlsConfig(
+        certificate=f"{tmp_path}/tls/x.pem",
+        key=f"{tmp_path}/../x.key",
+        client_ca="/ca.pem",
+        psk=f"{tmp_path}/x.psk",
+    )
+    assert (config.disk[0].allow, config.disk[0].top_allow) == (["primary"], [])
+
+
+def test_keys_are_enough_to_know_clients_by(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(f"{DISK}allow = ['alice']\n[tls]\npsk = 'x'")
+    assert load_config(path).tls == TlsConfig(psk=f"{tmp_path}/x")
+
+
+@pytest.mark.parametrize("name", ["vm0", "top0", "top1"])
+def test_any_export_can_be_the_default(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(f"[server]\ndefault-export = '{name}'\n{DISK}{OTHER}")
+    assert load_config(path).server.default_export == name
 
 
 @pytest.mark.parametrize(("mode", "bits"), [("0660", 0o660), ("777", 0o777), ("0000", 0)])
