@@ -1,0 +1,69 @@
+"""Two CPU-minutes of the fuzzer, and every conversation that it or a person has found to matter.
+
+A failure shows its seed and what was sent; `scripts/fuzz --seed` repeats it, for longer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from corpus_files import load_all
+from fuzz_core import TARGETS, handshake
+from fuzz_live import Arena
+from fuzz_run import fuzz_core, fuzz_live
+from fuzz_sessions import Ending, Script
+
+CORPUS = load_all()
+LIVE_SHARDS, LIVE_CPU_S = 4, 22.0
+CORE_CPU_S = 10.0
+
+
+def fresh_seed() -> int:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    return seed
+
+
+@pytest.mark.interop
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(LIVE_SHARDS))
+def test_a_daemon_answers_any_clients_as_the_model_does(short_dir: Path, shard: int) -> None:
+    counts = fuzz_live(fresh_seed(), LIVE_CPU_S, short_dir)
+    print(counts)
+    assert counts.sessions > 100
+    assert counts.requests > 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_core_answers_any_bytes_as_the_model_does(target: str) -> None:
+    counts = fuzz_core(target, fresh_seed(), CORE_CPU_S)
+    print(counts)
+    assert counts.inputs > 500
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    with Arena(tmp_path_factory.mktemp("a"), 1) as arena:
+        yield arena
+        arena.finish()
+
+
+@pytest.mark.interop
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", Ending)
+@pytest.mark.parametrize("name", CORPUS)
+def test_the_corpus_against_a_daemon(arena: Arena, name: str, ending: Ending) -> None:
+    sent = CORPUS[name]
+    for cuts in ((), tuple(range(1, min(len(sent), 400), 7))):
+        arena.play([Script(name, sent, cuts, frozenset(cuts[::3]), ending)])
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_the_corpus_against_the_core(name: str) -> None:
+    """The first byte says with how much of TLS, and in which pieces."""
+    for how in range(256):
+        handshake(bytes([how]) + CORPUS[name])
