@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 from errno import ENOTSUP
+from itertools import pairwise
 
 from fuzz_sessions import PIECE
 from nbd_model import Meaning, Option, Request, Session
@@ -16,10 +17,13 @@ from peers.nbd_answers import Answer, Answers, Asked
 from peers.nbd_wire import Shape, StreamEnd, Transcript
 from peers.process import PeerError
 
-BASE_ALLOCATION = 1
-"""The id of this context, which is the first of every export."""
+BASE_ALLOCATION = "base:allocation"
 ZERO = 2
 """Its status flag of what reads as zeroes."""
+STATES = {BASE_ALLOCATION: {0, 3}, "qemu:allocation-depth": {0, 1, 2, 3}}
+"""What the status flags may be, by context; in a dirty bitmap 0 and 1."""
+WHOLE_STATUS_BYTES = 1 << 20
+"""Disks up to this size have no more extents than an answer holds."""
 
 
 def renumbered(sent: bytes, meaning: Meaning) -> tuple[bytes, Meaning]:
@@ -160,9 +164,24 @@ def check_disk(session: Session, answers: dict[int, Answer], disk: bytearray) ->
         offset, length = request.asked.offset, request.asked.length
         if request.asked.command == wire.READ and answer.data != disk[offset : offset + length]:
             raise PeerError(f"{request.asked} has read other bytes than were there")
-        if BASE_ALLOCATION in answer.statuses:
-            _check_zeroes(offset, answer.statuses[BASE_ALLOCATION], disk)
+        for number, descriptors in answer.statuses.items():
+            name = session.facts.contexts[number - 1]
+            _check_status(name, descriptors, request.asked, session.facts.size)
+            if name == BASE_ALLOCATION:
+                _check_zeroes(offset, descriptors, disk)
         apply(request, disk)
+
+
+def _check_status(name: str, descriptors: list[tuple[int, int]], asked: Asked, size: int) -> None:
+    states = [flags for _, flags in descriptors]
+    if not set(states) <= STATES.get(name, {0, 1}):
+        raise PeerError(f"{name}: status flags {states} in the answer to {asked}")
+    if any(a == b for a, b in pairwise(states)):
+        raise PeerError(f"{name}: extents that are one in the answer to {asked}")
+    covered = sum(length for length, _ in descriptors)
+    whole = size <= WHOLE_STATUS_BYTES and not asked.flags & wire.REQ_ONE
+    if covered > asked.length or (whole and covered < asked.length):
+        raise PeerError(f"{name}: extents of {covered} bytes in the answer to {asked}")
 
 
 def _check_zeroes(offset: int, descriptors: list[tuple[int, int]], disk: bytearray) -> None:

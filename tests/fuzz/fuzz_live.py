@@ -87,7 +87,8 @@ class Arena:
             self._by_name[""] = self._by_name[DEFAULT_EXPORT]
             contents = {"d": small, "d-top": small}
             contents["b"] = contents["b-top"] = large.read_bytes()
-            self._disks = {name: bytearray(content) for name, content in contents.items()}
+            self.disks = {name: bytearray(content) for name, content in contents.items()}
+            """What the model has, by export."""
             self._keepers = {name: NbdClient(self._address, name) for name in contents}
         except BaseException:
             self._daemon.process.kill()
@@ -148,6 +149,23 @@ class Arena:
         process = self._daemon.process
         process.reset_peak()
         before = process.resident_bytes
+        clients = self._run(heard)
+        wait_until(
+            lambda: process.descriptors <= self._descriptors,
+            "the daemon to let go of its clients",
+            interval_s=0.0003,
+        )
+        self._measure(process.peak_bytes - before, len(clients))
+        for client, (_, meaning) in zip(clients, heard, strict=True):
+            self._check(client, meaning)
+
+    def converse(self, one: Script) -> tuple[Client, Meaning]:
+        """A client whose answers are yours to check, against `disks`."""
+        heard = self._hear([one])
+        (client,) = self._run(heard)
+        return client, heard[0][1]
+
+    def _run(self, heard: Sequence[tuple[Script, Meaning]]) -> list[Client]:
         clients = [
             Client(self._address, each, closed_by_server=meaning.end is End.CLOSED)
             for each, meaning in heard
@@ -157,14 +175,7 @@ class Arena:
         finally:
             for client in clients:
                 client.close()
-        wait_until(
-            lambda: process.descriptors <= self._descriptors,
-            "the daemon to let go of its clients",
-            interval_s=0.0003,
-        )
-        self._measure(process.peak_bytes - before, len(clients))
-        for client, (_, meaning) in zip(clients, heard, strict=True):
-            self._check(client, meaning)
+        return clients
 
     def _hear(self, scripts: Sequence[Script]) -> list[tuple[Script, Meaning]]:
         """What they mean, without those who use the export of another."""
@@ -202,21 +213,21 @@ class Arena:
             if session is not None:
                 name = session.facts.name
                 found = self._keepers[name].pread(0, session.facts.size)
-                if found not in disks_on_the_way(session, bytes(self._disks[name])):
+                if found not in disks_on_the_way(session, bytes(self.disks[name])):
                     raise PeerError("the disk is none that a client who broke off may leave")
-                self._disks[name] = found
+                self.disks[name] = found
             return
         answers = check_answers(client.received, meaning)
         if session is not None:
             name = session.facts.name
             if in_order(session):
-                check_disk(session, answers, self._disks[name])
+                check_disk(session, answers, self.disks[name])
                 self._compare(session.facts, [each.asked[1:3] for each in session.requests])
             else:
-                self._disks[name] = self._keepers[name].pread(0, session.facts.size)
+                self.disks[name] = self._keepers[name].pread(0, session.facts.size)
 
     def _compare(self, facts: Facts, touched: Sequence[tuple[int, ...]]) -> None:
-        disk, keeper = self._disks[facts.name], self._keepers[facts.name]
+        disk, keeper = self.disks[facts.name], self._keepers[facts.name]
         ranges = [(0, facts.size)] if facts.size <= SMALL else [(at, size) for at, size in touched]
         for offset, length in ranges:
             length = min(length, TOUCHED_MAX, max(facts.size - offset, 0))
@@ -228,7 +239,7 @@ class Arena:
     def _checkpoint(self) -> None:
         self._daemon.qmp.execute("xen-colo-do-checkpoint")
         for name in ("d", "b"):
-            self._disks[f"{name}-top"][:] = self._disks[name]
+            self.disks[f"{name}-top"][:] = self.disks[name]
 
     def _read_log(self) -> None:
         log = self._daemon.process.log
@@ -243,7 +254,7 @@ class Arena:
 
     def finish(self) -> None:
         """All bytes of all exports once more, and an orderly end."""
-        for name, disk in self._disks.items():
+        for name, disk in self.disks.items():
             if self._keepers[name].pread(0, len(disk)) != disk:
                 raise PeerError(f"{name}: other bytes than the model has")
             self._keepers[name].close()

@@ -6,15 +6,19 @@ A failure shows its seed and what was sent; `scripts/fuzz --seed` repeats it, fo
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from corpus_files import load_all
+from fuzz_check import check_answers, check_disk
 from fuzz_core import TARGETS, handshake
 from fuzz_live import Arena
 from fuzz_run import fuzz_core, fuzz_live
 from fuzz_sessions import Ending, Script
+from nbd_model import Meaning
+from peers import PeerError
 
 CORPUS = load_all()
 LIVE_SHARDS, LIVE_CPU_S = 4, 22.0
@@ -67,3 +71,34 @@ def test_the_corpus_against_the_core(name: str) -> None:
     """The first byte says with how much of TLS, and in which pieces."""
     for how in range(256):
         handshake(bytes([how]) + CORPUS[name])
+
+
+@pytest.mark.interop
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain_export_name", "list_with_data", "past_the_end"])
+def test_the_fuzzer_finds_a_wrong_byte_wherever_it_is(arena: Arena, name: str) -> None:
+    """As well as one too many, and one too few."""
+    disk = bytes(arena.disks["d"])
+    client, meaning = arena.converse(Script(name, CORPUS[name], (), frozenset(), Ending.FIN))
+    good = bytes(client.received)
+    assert is_right(good, meaning, disk)
+    texts = [b"LIST takes no data", b"STRUCTURED_REPLY takes no data"]
+    free = {good.find(text) + at for text in texts if text in good for at in range(len(text))}
+    for at in sorted(set(range(len(good))) - free):
+        wrong = bytearray(good)
+        wrong[at] ^= 1
+        assert not is_right(bytes(wrong), meaning, disk), f"byte {at} may be anything"
+        assert not is_right(good[:at], meaning, disk)
+    assert not is_right(good + b"\0", meaning, disk)
+    assert meaning.session is not None
+    check_disk(meaning.session, check_answers(good, meaning), arena.disks["d"])
+
+
+def is_right(received: bytes, meaning: Meaning, disk: bytes) -> bool:
+    assert meaning.session is not None
+    try:
+        answers = check_answers(received, meaning)
+        check_disk(meaning.session, answers, bytearray(disk))
+    except (PeerError, struct.error, UnicodeDecodeError):
+        return False
+    return True

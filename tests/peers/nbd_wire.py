@@ -188,6 +188,16 @@ def read_option_reply(source: Source) -> OptionReply:
     return reply
 
 
+_FORERUNNERS = {
+    LIST: REP_SERVER,
+    INFO: REP_INFO,
+    GO: REP_INFO,
+    LIST_META_CONTEXT: REP_META_CONTEXT,
+    SET_META_CONTEXT: REP_META_CONTEXT,
+}
+"""What may come before the last reply, by option."""
+
+
 def read_option_replies(source: Source, number: int) -> list[OptionReply]:
     """All replies to one option."""
     replies: list[OptionReply] = []
@@ -195,6 +205,8 @@ def read_option_replies(source: Source, number: int) -> list[OptionReply]:
         reply = read_option_reply(source)
         if reply.option != number:
             raise PeerError(f"a reply to option {reply.option}, expected one to {number}")
+        if not reply.last and reply.kind != _FORERUNNERS.get(number):
+            raise PeerError(f"a reply of type {reply.kind:#x} to option {number}")
         replies.append(reply)
     return replies
 
