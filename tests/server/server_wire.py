@@ -56,10 +56,10 @@ class RawClient:
     async def open(cls, folder: Path, export: str) -> Self:
         """In the transmission phase."""
         client = await cls.connect(folder)
-        await client.go(export)
+        await client.enter(export)
         return client
 
-    async def go(self, export: str) -> None:
+    async def enter(self, export: str) -> None:
         """Through the handshake."""
         self.send(choose(export))
         assert await self.receive(18) == b"NBDMAGICIHAVEOPT\x00\x03"

@@ -54,7 +54,7 @@ async def connected(hosts: TwoHosts, server: NbdServer) -> RawClient:
     """A client on the other host."""
     port = int(server.uris[0].rpartition(":")[2])
     client = RawClient(*await asyncio.open_connection(sock=hosts.connect(port)))
-    await client.go("e")
+    await client.enter("e")
     return client
 
 
@@ -124,7 +124,7 @@ async def test_tcp_connections_are_asked_every_few_seconds(monkeypatch: pytest.M
     (uri,) = await server.listen("nbd://127.0.0.1:0")
     port = int(uri.rpartition(":")[2])
     client = RawClient(*await asyncio.open_connection("127.0.0.1", port))
-    await client.go("e")
+    await client.enter("e")
     (connection,) = server.connections
     sock = connection._transport.get_extra_info("socket")
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

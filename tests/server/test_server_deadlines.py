@@ -137,7 +137,7 @@ async def test_who_takes_its_replies_slowly_is_not_dropped(short_dir: Path, over
             (uri,) = await server.listen("nbd://127.0.0.1:0")
             port = int(uri.rpartition(":")[2])
             slow = RawClient(*await asyncio.open_connection("127.0.0.1", port))
-            await slow.go("e")
+            await slow.enter("e")
         slow.send(request(READ, 0, 32 * MIB, cookie=3))
         began = asyncio.get_running_loop().time()
         assert await slow.receive(16) == struct.pack(">IIQ", 0x67446698, 0, 3)
