@@ -146,8 +146,8 @@ class Inbox:
     def _grow(self) -> None:
         slab, payload = self._payload_slab, self.payload
         assert payload is not None
-        # By four: the bytes of 32 MiB are moved 0.7 times, at 10 GB/s.
-        self._take_payload_slab(4 * self._filled, payload)
+        # By eight: 1, 8 and 32 MiB. A quarter of the bytes are moved, at 10 GB/s.
+        self._take_payload_slab(8 * self._filled, payload)
         self._pool.give(slab)
 
     def _take_payload_slab(self, size: int, arrived: memoryview) -> None:

@@ -11,7 +11,7 @@ from errno import EINVAL, ENOSPC
 from typing import NamedTuple
 
 import pytest
-from hostile_support import CONTENT, MIB, SERVERS, SIZE, Victim, serving
+from hostile_support import CONTENT, KIB, MIB, SERVERS, SIZE, Victim, serving
 from peers import RawClient
 from peers.nbd_answers import Asked
 from peers.nbd_wire import (
@@ -25,11 +25,15 @@ from peers.nbd_wire import (
     READ,
     REQ_ONE,
     RESIZE,
+    SET_META_CONTEXT,
+    STARTTLS,
     STATUS,
     TRIM,
     WRITE,
     ZEROES,
     Shape,
+    meta_context,
+    option,
     request,
 )
 
@@ -233,3 +237,45 @@ def test_the_table(victim: tuple[str, Victim], shape: Shape, row: Row) -> None:
     contexts = () if shape is Shape.SIMPLE else (BASE,)
     with running.checked(), running.raw().go("d", shape, *contexts) as client:
         check(server, client, row)
+
+
+OUT_OF_STEP = {
+    "zeroes": bytes(28),
+    "a request that is one bit off": b"\x25\x60\x95\x12" + bytes(24),
+    "an extended request": request(READ, 0, 1, shape=Shape.EXTENDED),
+    "SET_META_CONTEXT": meta_context(SET_META_CONTEXT, "d", BASE),
+    "STARTTLS": option(STARTTLS),
+    "a simple reply": struct.pack(">IIQ", 0x67446698, 0, 1) + bytes(12),
+}
+"""What no server can make sense of in the transmission phase."""
+
+
+@pytest.mark.parametrize("shape", [Shape.SIMPLE, Shape.STRUCTURED])
+@pytest.mark.parametrize("claim", OUT_OF_STEP)
+def test_what_is_no_request_ends_the_session(
+    victim: tuple[str, Victim], claim: str, shape: Shape
+) -> None:
+    """What came before it is answered."""
+    server, running = victim
+    if server == "qemu-nbd":
+        return  # it answers this, too, by the cookie that it finds there
+    with running.checked(), running.raw().go("d", shape) as client:
+        first = client.begin(READ, 0, 512)
+        client.send(OUT_OF_STEP[claim].ljust(32, b"\0"))
+        answer = client.answer()
+        assert answer is not None
+        assert (answer.cookie, answer.data) == (first, CONTENT[:512])
+        assert client.receive_rest() == b""
+
+
+def test_a_status_goes_no_further_than_it_was_asked(victim: tuple[str, Victim]) -> None:
+    """nbdkit tells of whole extents, as it may without REQ_ONE."""
+    server, running = victim
+    with running.checked(), running.raw().go("d", Shape.STRUCTURED, BASE) as client:
+        for offset, length in ((0, 1), (1000, 512), (64 * KIB - 1, 2), (SIZE - 1, 1)):
+            for flags in (0, REQ_ONE):
+                answer = client.ask(STATUS, offset, length, flags=flags)
+                (descriptors,) = answer.statuses.values()
+                covered = sum(size for size, _ in descriptors)
+                assert covered <= length or (server == "nbdkit" and not flags)
+        client.finish()
