@@ -97,7 +97,7 @@ def main() -> int:
         for kind, done in pool.imap_unordered(one, planned):
             results.append((kind, done))
             if isinstance(done, str):
-                print(f"{kind}: {done[:20_000]}", flush=True)
+                print(f"{kind}: {done}", flush=True)
     findings = report(results)
     print(f"{findings} findings" if findings else "no finding")
     return 1 if findings else 0

@@ -41,8 +41,15 @@ CONNECTION_BYTES_MAX = 64 * MIB
 ROUNDS_PER_CHECKPOINT = 50
 ROUNDS_PER_LOG = 200
 TOUCHED_MAX = 4 * MIB  # of the large disk, read back after a round
+SHOWN_MAX = 1000
 
 _WRONG_IN_LOG = re.compile(r"Traceback|^\S+ \S+ (ERROR|CRITICAL) .*|never retrieved", re.M)
+
+
+def _shown(sent: bytes) -> str:
+    """What was sent, or as much of it as one wants to read: the seed has it all."""
+    digits = sent[:SHOWN_MAX].hex()
+    return digits if len(sent) <= SHOWN_MAX else f"{digits}... ({len(sent)} bytes)"
 
 
 @dataclass
