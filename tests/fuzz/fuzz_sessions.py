@@ -136,6 +136,7 @@ def _option(rng: random.Random, exports: list[Facts], odd: bool) -> bytes:
             wire.meta_context(setting, name, "x:" + "y" * rng.choice([4093, 4094, 4095])),
             wire.meta_context(setting, name, rng.randbytes(9)),
             wire.option(wire.SET_META_CONTEXT, b"?" * rng.choice([0, 7, (128 << 10) + 1])),
+            wire.option(number, b"?" * rng.choice([5, 135_172, 135_173])),
             wire.option(wire.EXTENDED_HEADERS),
         ]
     )

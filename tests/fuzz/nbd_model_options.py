@@ -130,7 +130,7 @@ class _Haggler:
         return flags
 
     def _export_name(self, name: bytes) -> None:
-        found = self._find(name)
+        found = self._find(wire.EXPORT_NAME, name)
         if isinstance(found, int) or self._state.shape is Shape.EXTENDED:
             return
         if self._tls != "require" or self._secure:
@@ -175,7 +175,7 @@ class _Haggler:
     def _may(self, facts: Facts) -> bool:
         return not facts.refused and (self._secure or not facts.needs_tls)
 
-    def _find(self, name: bytes) -> Facts | int:
+    def _find(self, number: int, name: bytes) -> Facts | int:
         try:
             text = name.decode()
         except UnicodeDecodeError:
@@ -186,12 +186,14 @@ class _Haggler:
         if found is None:
             return wire.ERR_UNKNOWN
         if found.needs_tls and not self._secure:
-            return wire.ERR_TLS_REQD
+            # "MUST NOT send NBD_REP_ERR_TLS_REQD in response to any option other than ..."
+            wanted = self._tls == "on" and number in (wire.INFO, wire.GO)
+            return wire.ERR_TLS_REQD if wanted else wire.ERR_POLICY
         return wire.ERR_POLICY if found.refused else found
 
     def _info(self, number: int, data: bytes) -> Option:
         parts = _split_info(data) if len(data) <= INFO_BYTES_MAX else None
-        found = wire.ERR_INVALID if parts is None else self._find(parts[0])
+        found = wire.ERR_INVALID if parts is None else self._find(number, parts[0])
         if isinstance(found, int):
             return Option(number, frozenset([found]))
         assert parts is not None
@@ -213,7 +215,7 @@ class _Haggler:
                 kinds.append(wire.ERR_TOO_BIG)
             return Option(number, frozenset(kinds))
         name, queries = split
-        found = self._find(name)
+        found = self._find(number, name)
         if found == wire.ERR_INVALID or not all(_is_query(query) for query in queries):
             return Option(number, frozenset([wire.ERR_INVALID, wire.ERR_TOO_BIG]))
         if len(queries) > QUERIES_MAX:

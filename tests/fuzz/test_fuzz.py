@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from fuzz_sessions import Ending, Script
 from nbd_model import Meaning
 from peers import PeerError
 
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 CORPUS = load_all()
 LIVE_SHARDS, LIVE_CPU_S = 4, 22.0
 CORE_CPU_S = 10.0
@@ -47,6 +50,18 @@ def test_the_core_answers_any_bytes_as_the_model_does(target: str) -> None:
     counts = fuzz_core(target, fresh_seed(), CORE_CPU_S)
     print(counts)
     assert counts.inputs > 500
+
+
+@pytest.mark.interop
+@pytest.mark.slow
+def test_the_door_says_what_was_done_and_which_seeds_repeat_it() -> None:
+    argv = [sys.executable, str(SCRIPTS / "fuzz.py"), "--minutes", "0.05", "--seed", "7"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "seeds 7 to 7"
+    assert lines[-1] == "no finding"
+    assert [line.split(":")[0] for line in lines[1:-1]] == ["live", "memory", *TARGETS]
 
 
 @pytest.fixture(scope="module")
