@@ -135,7 +135,8 @@ class Connection(asyncio.BufferedProtocol):
             self._release_soon()  # some transports call this from within write()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is not None:
+        # Who has said DISC may hang up before it hears our end of TLS.
+        if exc is not None and self.state is not State.LINGERING:
             log.info("%s: connection to export %s lost: %s", self.peer, self.export.name, exc)
         if self._timer is not None:
             self._timer.cancel()

@@ -41,6 +41,7 @@ class Negotiation(asyncio.BufferedProtocol):
         self._tls = tls
         self._upgrade: asyncio.Task[None] | None = None
         self._parting = False
+        self._silent = False  # since TLS began
         self._decrypted = bytearray()  # what came while the upgrade was not over for us
         self._serial = serial
         self._on_chosen = on_chosen
@@ -80,6 +81,7 @@ class Negotiation(asyncio.BufferedProtocol):
             # TLS is ready, and has something for us, before `_start_tls` is woken.
             self._decrypted += self._buffer[:nbytes]
             return
+        self._silent = False
         self._handshake.receive(self._buffer[:nbytes])
         self._advance()
 
@@ -102,9 +104,12 @@ class Negotiation(asyncio.BufferedProtocol):
         self._deadline.cancel()
         if self.transport is not None:
             self.transport = None
-            told = self._handshake.refusal and self._handshake.outcome is None
-            level = logging.INFO if told else logging.DEBUG
-            log.log(level, "%s: left in the handshake%s", self.peer, self._refusal())
+            if self._silent:  # QEMU verifies certificates then
+                log.info("%s: left right behind TLS; it may not trust our certificate", self.peer)
+            else:
+                told = self._handshake.refusal and self._handshake.outcome is None
+                level = logging.INFO if told else logging.DEBUG
+                log.log(level, "%s: left in the handshake%s", self.peer, self._refusal())
             self._on_closed(self)
 
     def _refusal(self) -> str:
@@ -117,6 +122,7 @@ class Negotiation(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Hang up at once."""
+        self._silent = False
         if self.transport is not None:
             self.transport.abort()
         if self._parting and self._upgrade is not None:
@@ -186,6 +192,7 @@ class Negotiation(asyncio.BufferedProtocol):
         self._reading_paused = False
         self._handshake.tls_started(session.names(peer))
         log.debug("%s: TLS (%s)", self.peer, self._handshake.identity)
+        self._silent = not self._decrypted
         self._handshake.receive(self._decrypted)
         self._decrypted.clear()
         self._advance()
