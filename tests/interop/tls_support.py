@@ -24,13 +24,13 @@ class Pki:
     and QEMU want it."""
 
     def __init__(self, folder: Path) -> None:
-        self.authority, stranger = Authority(folder / "ours"), Authority(folder / "theirs")
+        self.authority, self.stranger = Authority(folder / "ours"), Authority(folder / "theirs")
         self.server = self.authority.issue("server", HOST)
         issue = self.authority.issue
         primary = issue("primary", "primary.example", common_name="primary")
         standby = issue("standby", "standby.example")
         old = issue("old", "primary.example", common_name="primary", expired=True)
-        forged = stranger.issue("forged", "primary.example", common_name="primary")
+        forged = self.stranger.issue("forged", "primary.example", common_name="primary")
         give = self.authority.directory
         self.clients = {
             "primary": give("with-primary", client=primary),
@@ -38,7 +38,7 @@ class Pki:
             "none": give("with-none"),
             "expired": give("with-expired", client=old),
             "forged": give("with-forged", client=forged),
-            "trusts another": stranger.directory("with-another", client=primary),
+            "trusts another": self.stranger.directory("with-another", client=primary),
         }
 
 
