@@ -139,11 +139,9 @@ class Arena:
         try:
             self.play(scripts)
         except (PeerError, OSError, struct.error, ValueError) as exc:
-            sent = "\n".join(
-                f"{each.kind} {each.ending.name} {each.sent.hex()}" for each in scripts
-            )
+            sent = [f"{each.kind} {each.ending.name} {_shown(each.sent)}" for each in scripts]
             what = f"seed {self._seed}, round {number}: {type(exc).__name__}: {exc}"
-            raise PeerError(self._daemon.process.failure(f"{what}\n{sent[:100_000]}")) from exc
+            raise PeerError(self._daemon.process.failure("\n".join([what, *sent]))) from exc
         self.counts.rounds += 1
         if not number % ROUNDS_PER_CHECKPOINT:
             self._checkpoint()
