@@ -76,7 +76,7 @@ class Victim:
 
     def healthy(self) -> None:
         """A new client finds every byte, and can write."""
-        with NbdClient(self.address, "d", timeout_s=10.0) as client:
+        with NbdClient(self.address, "d") as client:
             assert client.pread(0, SIZE) == CONTENT
             client.pwrite(SIZE // 2, b"healthy")
             client.flush()
@@ -87,7 +87,7 @@ class Victim:
             )
             client.pwrite(SIZE // 2, CONTENT[SIZE // 2 : SIZE // 2 + 7])
         if self.standby is not None:
-            with NbdClient(self.address, self.standby, timeout_s=10.0) as client:
+            with NbdClient(self.address, self.standby) as client:
                 assert client.pread(0, SIZE) == CONTENT
 
     def raw(self) -> RawClient:

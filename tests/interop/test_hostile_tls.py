@@ -266,7 +266,7 @@ def test_clients_stuck_in_the_tls_handshake_are_sent_away_in_time(secured: Secur
         begin = time.monotonic()
         stuck = []
         for number in range(60):
-            client = stack.enter_context(RawClient(secured.required, timeout_s=15))
+            client = stack.enter_context(RawClient(secured.required))
             client.send(FIXED)
             client.option(STARTTLS)
             client.send(hello[: number * 4])
@@ -274,7 +274,7 @@ def test_clients_stuck_in_the_tls_handshake_are_sent_away_in_time(secured: Secur
         secured.victim.healthy()
         for client in stuck:
             client.receive_rest()
-        assert time.monotonic() - begin < 15
+        assert 9 < time.monotonic() - begin < 30
 
 
 def test_options_under_tls_are_as_hostile_as_in_clear_text(secured: Secured) -> None:

@@ -28,7 +28,7 @@ class RawClient:
     `go` makes it a session like any other; until then it is yours. Every wait has a deadline.
     """
 
-    def __init__(self, address: Address, *, timeout_s: float = 10.0) -> None:
+    def __init__(self, address: Address, *, timeout_s: float = 30.0) -> None:
         self.sock = connect(address, timeout_s=timeout_s)
         self.shape = Shape.SIMPLE
         self.size = self.flags = 0
