@@ -47,8 +47,9 @@ class TlsFiles:
 
 @dataclass(slots=True)
 class _Claim:
-    """Whose key a client says it has; TLS may then go on without it."""
+    """Whose key a client says it has; unless there are keys `alone`, TLS may go on without it."""
 
+    alone: bool
     user: str | None = None
     known: bool = False
 
@@ -122,12 +123,16 @@ class TlsSession:
 
     def describe_failure(self, exc: BaseException) -> str:
         """Why the handshake failed, for the log."""
-        claim = self.context.claim
-        if claim is None or claim.user is None or not isinstance(exc, ssl.SSLError):
-            return describe_failure(exc)
+        claim, reason = self.context.claim, describe_failure(exc)
+        if claim is None or not isinstance(exc, ssl.SSLError):
+            return reason
+        if claim.user is None:
+            return (
+                f"the client offers no key that we could use ({reason})" if claim.alone else reason
+            )
         if not claim.known:
             return f"there is no key of user {claim.user!r}"
-        return f"user {claim.user!r} has another key ({describe_failure(exc)})"
+        return f"user {claim.user!r} has another key ({reason})"
 
 
 class Tls:
@@ -193,7 +198,7 @@ def _load_client_ca(context: ssl.SSLContext, path: str) -> None:
 def _load_keys(context: _Context, path: str, *, alone: bool) -> None:
     keys = _read_keys(path)
     # Nothing of the context may be in the callback: Python would not see that cycle, and keep it.
-    claim = context.claim = _Claim()
+    claim = context.claim = _Claim(alone)
 
     def key_of(user: str | None) -> bytes:
         claim.user, claim.known = user, user in keys

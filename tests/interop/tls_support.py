@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from peers import Authority, Credentials, ReplnbdDaemon, ReplnbdDisk, wait_until
 NAME, TOP = "colo0", "top0"
 SIZE = (1 << 20) + 3 * 512
 HOST = "localhost"
+KEYS = "keys.psk"
+"""As QEMU calls it."""
 
 
 class Pki:
@@ -59,22 +61,30 @@ class GuardedDisk(ReplnbdDisk):
 
 
 class Place(NamedTuple):
-    """An export, and how a client gets there. `certificates`: its folder; None: without TLS."""
+    """An export, and how a client gets there. `credentials`: its folder; None: without TLS.
+    `user`: by the key that KEYS in that folder has for it, not by a certificate."""
 
     export: str
-    certificates: Path | None
+    credentials: Path | None
     port: int = 0
     socket: Path | None = None
+    user: str | None = None
 
     @property
     def uri(self) -> str:
         """As libnbd wants it."""
-        scheme = "nbd" if self.certificates is None else "nbds"
-        queries = {"socket": self.socket, "tls-certificates": self.certificates}
-        query = "&".join(f"{key}={value}" for key, value in queries.items() if value is not None)
+        queries = {} if self.socket is None else {"socket": self.socket}
+        scheme, user = "nbd", ""
+        if self.credentials is not None:
+            scheme = "nbds"
+            if self.user is None:
+                queries["tls-certificates"] = self.credentials
+            else:
+                user, queries["tls-psk-file"] = f"{self.user}@", self.credentials / KEYS
+        query = "?" + "&".join(f"{key}={value}" for key, value in queries.items())
         if self.socket is not None:
-            return f"{scheme}+unix:///{self.export}?{query}"
-        return f"{scheme}://{HOST}:{self.port}/{self.export}" + (f"?{query}" if query else "")
+            return f"{scheme}+unix://{user}/{self.export}{query}"
+        return f"{scheme}://{user}{HOST}:{self.port}/{self.export}{query}".rstrip("?")
 
     @property
     def qemu(self) -> tuple[list[str], str]:
@@ -84,26 +94,32 @@ class Place(NamedTuple):
             options |= {"server.type": "unix", "server.path": str(self.socket)}
         else:
             options |= {"server.type": "inet", "server.host": HOST, "server.port": str(self.port)}
-        if self.certificates is None:
-            return [], ",".join(f"{key}={value}" for key, value in options.items())
-        options |= {"tls-creds": "tls0", "tls-hostname": HOST}
-        # Without its sanity check QEMU shows the server what it has, whatever that is.
-        credentials = "tls-creds-x509,id=tls0,endpoint=client,sanity-check=off"
-        credentials += f",dir={self.certificates}"
-        image = ",".join(f"{key}={value}" for key, value in options.items())
-        return ["--object", credentials], image
+        objects = []
+        if self.credentials is not None:
+            options |= {"tls-creds": "tls0"}
+            if self.user is None:
+                # Without its sanity check QEMU shows the server what it has, whatever that is.
+                options |= {"tls-hostname": HOST}
+                kind = "tls-creds-x509,sanity-check=off"
+            else:
+                kind = f"tls-creds-psk,username={self.user}"
+            objects = ["--object", f"{kind},id=tls0,endpoint=client,dir={self.credentials}"]
+        return objects, ",".join(f"{key}={value}" for key, value in options.items())
 
     @property
     def nbdkit(self) -> list[str]:
         """Parameters of nbdkit's plugin."""
         if self.socket is not None:
-            where = [f"socket={self.socket}"]
+            parameters = [f"socket={self.socket}"]
         else:
-            where = [f"hostname={HOST}", f"port={self.port}"]
-        if self.certificates is None:
-            return [*where, f"export={self.export}"]
-        return [*where, f"export={self.export}", "tls=require",
-                f"tls-certificates={self.certificates}"]  # fmt: skip
+            parameters = [f"hostname={HOST}", f"port={self.port}"]
+        parameters.append(f"export={self.export}")
+        if self.credentials is not None and self.user is None:
+            parameters += ["tls=require", f"tls-certificates={self.credentials}"]
+        elif self.credentials is not None:
+            keys = self.credentials / KEYS
+            parameters += ["tls=require", f"tls-psk={keys}", f"tls-username={self.user}"]
+        return parameters
 
 
 # Section: clients. Each reads a whole export to a file, and writes it from one; qemu-io prints it.
@@ -179,9 +195,9 @@ LOOK: Mapping[str, Command] = {
 }  # fmt: skip
 
 
-def read_all(client: str, place: Place, path: Path) -> bytes:
-    """All bytes of an export, by way of a file at `path`."""
-    said = run(*READ[client](place, path))
+def read_all(client: str, place: Place, path: Path, *, prefix: Sequence[str] = ()) -> bytes:
+    """All bytes of an export, by way of a file at `path`. `prefix`: a command that runs it."""
+    said = run(*prefix, *READ[client](place, path))
     if client == "qemu-io":
         dump = re.findall(r"^[0-9a-f]+:  ((?:[0-9a-f]{2} )+)", said, re.M)
         return bytes.fromhex("".join(dump))
@@ -207,18 +223,33 @@ _LOG_LINE = re.compile(r"^\S+ \S+ (\w+) replnbd\.server\.\w+: client \d+ \([^)]+
 
 
 class SecureStandby(ReplnbdDaemon):
-    """`plain`: where there is no TLS; `place`: where there is."""
+    """Listens with TLS, on sockets where it is required and on ones where it is offered.
 
-    def __init__(self, folder: Path, pki: Pki, disk: ReplnbdDisk, *, verify: bool = True) -> None:
+    `verify`: clients need certificates. `keys`: a file of keys; `certified`: it has a certificate.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pki: Pki,
+        disk: ReplnbdDisk,
+        *,
+        verify: bool = True,
+        keys: Path | None = None,
+        certified: bool = True,
+    ) -> None:
         self.pki = pki
         self.folder = folder
         self.verify = verify
+        self.certified = certified
         self.certificate, self.key = folder / "certificate.pem", folder / "key.pem"
         self.show(pki.server)
         listen = [f"nbds+unix:///?socket={folder}/tls", "nbds://127.0.0.1:0"]
         listen += [f"nbd+unix:///?socket={folder}/on&tls=on", "nbd://127.0.0.1:0?tls=on"]
-        files = {"certificate": self.certificate, "key": self.key}
-        if verify:
+        files = {} if keys is None else {"psk": keys}
+        if certified:
+            files |= {"certificate": self.certificate, "key": self.key}
+        if verify and certified:
             files["client-ca"] = pki.authority.certificate
         table = ["[tls]", *(f"{key} = {json.dumps(str(files[key]))}" for key in files)]
         super().__init__(folder, [disk], listen=listen, tables=["\n".join(table)])
@@ -233,11 +264,15 @@ class SecureStandby(ReplnbdDaemon):
     def place(self, transport: str, client: str | None, export: str = NAME) -> Place:
         """Over "tcp" or "unix" where TLS is required, or ("... on") offered. `client`: a name of
         Pki.clients; None: without TLS."""
+        credentials = None if client is None else self.pki.clients[client]
+        return self.at(transport, Place(export, credentials))
+
+    def at(self, transport: str, place: Place) -> Place:
+        """The same export with the same credentials, over a transport as `place` wants it."""
         kind, _, offered = transport.partition(" ")
-        certificates = None if client is None else self.pki.clients[client]
         if kind == "tcp":
-            return Place(export, certificates, port=self.ports[1 if offered else 0])
-        return Place(export, certificates, socket=self.folder / ("on" if offered else "tls"))
+            return place._replace(port=self.ports[1 if offered else 0])
+        return place._replace(socket=self.folder / ("on" if offered else "tls"))
 
     def content(self, export: str = NAME) -> bytearray:
         """All bytes, without TLS."""

@@ -139,7 +139,7 @@ if PSK_AVAILABLE:
     ) -> None:
         context = with_key("alice", ALICE, ["TLSv1_2"], f"{ciphers}:@SECLEVEL=0")
         said = await refused(short_dir, with_keys(keys), context, caplog)
-        assert said == "no shared cipher"
+        assert said == "the client offers no key that we could use (no shared cipher)"
 
     @on_both_loops
     async def test_who_has_no_key_needs_a_certificate_if_clients_do(
