@@ -4,74 +4,15 @@ clients that have the wrong ones."""
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from interop_support import KIB, Standby
 from kernel_client_support import HOST, Work, attach, check_device, detach, mount, umount
-from peers import REPLNBD, Guest, ReplnbdDisk
+from peers import REPLNBD, Authority, Credentials, Guest, ReplnbdDisk
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.slow,
-    pytest.mark.skip(reason="the server does not speak TLS yet"),
-]
-
-# Section: a small authority
-
-PROFILE = """
-[req]
-distinguished_name = name
-prompt = no
-[name]
-commonName = {name}
-[authority]
-basicConstraints = critical, CA:TRUE
-keyUsage = critical, keyCertSign
-subjectKeyIdentifier = hash
-[peer]
-basicConstraints = critical, CA:FALSE
-subjectAltName = {names}
-authorityKeyIdentifier = keyid
-"""
-KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-
-
-class Certificate(NamedTuple):
-    """PEM files."""
-
-    certificate: Path
-    key: Path
-
-
-class Authority:
-    """Signs certificates of peers; `certificate` is what these peers are to trust."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(exist_ok=True)
-        self.directory = directory
-        self.certificate, self.key = self._make("authority", "authority", "DNS:none")
-
-    def issue(self, name: str, dns: Sequence[str] = (), ips: Sequence[str] = ()) -> Certificate:
-        """A certificate for a peer with these names and addresses."""
-        names = [*(f"DNS:{each}" for each in dns), *(f"IP:{each}" for each in ips)]
-        signer = ["-CA", str(self.certificate), "-CAkey", str(self.key)]
-        return self._make(name, "peer", ", ".join(names) or f"DNS:{name}", *signer)
-
-    def _make(self, name: str, section: str, names: str, *options: str) -> Certificate:
-        made = Certificate(self.directory / f"{name}.pem", self.directory / f"{name}.key")
-        profile = self.directory / f"{name}.cnf"
-        profile.write_text(PROFILE.format(name=name, names=names))
-        argv = ["openssl", "req", "-x509", "-config", str(profile), "-extensions", section]
-        argv += [*KEY, "-days", "2", "-out", str(made.certificate), "-keyout", str(made.key)]
-        subprocess.run([*argv, *options], check=True, capture_output=True)
-        return made
-
-
-# Section: a standby that wants certificates
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 
 class SecureStandby(Standby):
@@ -79,11 +20,11 @@ class SecureStandby(Standby):
 
     def __init__(self, folder: Path, disk: ReplnbdDisk) -> None:
         self.authority = Authority(folder / "authority")
-        self.client = self.authority.issue("client")
+        self.client = self.authority.issue("client", "primary.example")
         super().__init__(folder, disk)
 
     def _command(self, folder: Path) -> list[str]:
-        server = self.authority.issue("server", dns=["standby.example"], ips=[HOST])
+        server = self.authority.issue("server", "standby.example", HOST)
         listen = [f"nbd+unix:///?socket={self.nbd_socket}", "nbds://127.0.0.1:0"]
         tables: dict[str, dict[str, object]] = {
             "server": {"listen": listen, "control": str(self.control_socket)},
@@ -116,12 +57,12 @@ class SecureWork(Work):
         }
         self.identity = {
             "authority": self._identity(self.standby.client, "client"),
-            "stranger": self._identity(stranger.issue("client"), "stranger"),
+            "stranger": self._identity(stranger.issue("client", "primary.example"), "stranger"),
             "nobody": "-enable-tls",
         }
         self.options = f"{self.trust['authority']} {self.identity['authority']}"
 
-    def _identity(self, who: Certificate, name: str) -> str:
+    def _identity(self, who: Credentials, name: str) -> str:
         certificate = self._bring("-certfile", who.certificate, f"{name}-cert")
         return f"{certificate} {self._bring('-keyfile', who.key, f'{name}-key')}"
 
