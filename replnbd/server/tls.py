@@ -37,7 +37,7 @@ _VERSION_WITH_BOTH = ssl.TLSVersion.TLSv1_2
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """Paths of PEM files, and of the PSK file. `certificate` and `key` come together."""
+    """Paths of PEM files, and of the PSK file. `key` may be in the file of `certificate`."""
 
     certificate: str | None = None
     key: str | None = None
@@ -127,9 +127,8 @@ class TlsSession:
         if claim is None or not isinstance(exc, ssl.SSLError):
             return reason
         if claim.user is None:
-            return (
-                f"the client offers no key that we could use ({reason})" if claim.alone else reason
-            )
+            no_key = f"the client offers no key that we could use ({reason})"
+            return no_key if claim.alone else reason
         if not claim.known:
             return f"there is no key of user {claim.user!r}"
         return f"user {claim.user!r} has another key ({reason})"
@@ -237,9 +236,12 @@ def _read(key: str, path: str) -> bytes:
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ConfigError(f"[tls] key '{key}': {path} is no file")
-            return file.read(_FILE_BYTES_MAX)
+            content = file.read(_FILE_BYTES_MAX + 1)
     except OSError as exc:
         raise ConfigError(f"[tls] key '{key}': cannot read {path}: {exc.strerror}") from exc
+    if len(content) > _FILE_BYTES_MAX:
+        raise ConfigError(f"[tls] key '{key}': {path} is longer than {_FILE_BYTES_MAX} bytes")
+    return content
 
 
 def _read_keys(path: str) -> dict[str, bytes]:

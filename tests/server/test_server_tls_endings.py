@@ -178,7 +178,7 @@ async def test_200_who_leave_at_any_time_cost_no_memory(
     rng, context, node = random.Random(11), pki.context(), MemoryNode(MIB)
     async with serving_tls(short_dir, Export("e", node), tls=pki.tls()) as server:
         port = await tcp_port(server)
-        for _ in range(CLOSES):  # what is allocated once is, then
+        for _ in range(CLOSES // 4):  # what is allocated once is, then
             await come_and_go(port, context, rng)
         async with leaving_nothing(server, caplog):
             await settled(lambda: not server.connections and not server._negotiations)

@@ -26,6 +26,7 @@ from replnbd.errors import ConfigError
 from replnbd.server import Tls, TlsFiles
 
 USER_NOBODY = 65534
+GOOD_KEY = "00112233445566778899aabbccddeeff"
 NO_PEM = {
     "empty": b"",
     "random": bytes(range(256)) * 4,
@@ -103,6 +104,17 @@ def test_what_may_not_be_read_is_refused(
     with an_ordinary_user():
         said = refusal(with_file(pki, role, locked))
     assert said == f"[tls] key '{role}': cannot read {locked}: Permission denied"
+
+
+@pytest.mark.parametrize("role", [*ROLES, "psk"])
+def test_a_file_is_read_whole_or_refused(
+    pki: Pki, tmp_path: Path, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replnbd.server.tls.PSK_AVAILABLE", True)
+    path = tmp_path / "long"
+    path.write_bytes(f"alice:{GOOD_KEY}\n".encode() * 30_000)
+    said = refusal(with_file(pki, role, path))
+    assert said == f"[tls] key '{role}': {path} is longer than 1048576 bytes"
 
 
 @pytest.mark.parametrize("content", NO_PEM.values(), ids=NO_PEM)
@@ -201,7 +213,6 @@ def test_no_password_is_asked_for_at_a_terminal(pki: Pki, locked_key: Path) -> N
         os.close(theirs)
 
 
-GOOD_KEY = "00112233445566778899aabbccddeeff"
 BAD_LINES = {
     "no colon": "alice",
     "no user": f":{GOOD_KEY}",
