@@ -74,7 +74,10 @@ def report(results: list[Result]) -> int:
         )
         connection = max(each.connection_bytes for each in live) / MIB
         growth = max(each.growth_bytes for each in live) / MIB
-        print(f"memory: at most {connection:.1f} MiB for a connection, {growth:.1f} left by all")
+        print(
+            f"memory: at most {connection:.1f} MiB for a connection, with what is kept for the"
+            f" next; {growth:.1f} MiB more after all of them"
+        )
     for name in TARGETS:
         core = [done for kind, done in results if kind == name and isinstance(done, CoreCounts)]
         inputs, cpu_s = sum(each.inputs for each in core), sum(each.cpu_s for each in core)
