@@ -257,8 +257,8 @@ def test_what_is_no_request_ends_the_session(
 ) -> None:
     """What came before it is answered."""
     server, running = victim
-    if server == "qemu-nbd":
-        return  # it answers this, too, by the cookie that it finds there
+    if server != "replnbd":
+        return  # QEMU answers this, too, by the cookie it finds there; nbdkit forgets the answer
     with running.checked(), running.raw().go("d", shape) as client:
         first = client.begin(READ, 0, 512)
         client.send(OUT_OF_STEP[claim].ljust(32, b"\0"))
