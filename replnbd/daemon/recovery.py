@@ -28,7 +28,7 @@ from replnbd.daemon.config import IMAGES, DiskConfig
 from replnbd.errors import ConfigError
 from replnbd.qcow2 import LastEnd, read_header
 from replnbd.replication import DiskRecord, Durability, FileStamp, Journal, Record, Stage
-from replnbd.replication.journal import FILE_BYTES
+from replnbd.replication.record_file import FILE_BYTES
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from replnbd.block import FileNode
 from replnbd.daemon import daemon as daemon_module
 from replnbd.daemon import recovery
 from replnbd.replication import Journal, Stage
-from replnbd.replication.journal import FILE_BYTES
+from replnbd.replication.record_file import FILE_BYTES
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 

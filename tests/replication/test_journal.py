@@ -10,7 +10,8 @@ from replnbd.block import MemoryNode
 from replnbd.errors import ImageError
 from replnbd.filters import FaultNode
 from replnbd.replication import DiskRecord, FailoverTarget, FileStamp, Journal, Record, Stage
-from replnbd.replication.journal import SLOT_BYTES, Layer
+from replnbd.replication.journal import Layer
+from replnbd.replication.record_file import SLOT_BYTES
 
 
 def record(number: int, disks: int = 2) -> Record:
