@@ -21,6 +21,7 @@ Laws.
    wins is the caller's business, as on any disk.
 """
 
+from replnbd.block.digest import GRANULE, digest_of, digests
 from replnbd.block.file import FileNode
 from replnbd.block.memory import MemoryNode
 from replnbd.block.node import (
@@ -36,6 +37,7 @@ from replnbd.block.node import (
 from replnbd.block.range_lock import RangeLock
 
 __all__ = [
+    "GRANULE",
     "STATUS_EXTENTS_MAX",
     "BlockNode",
     "Buffer",
@@ -45,6 +47,8 @@ __all__ = [
     "OverlayNode",
     "PassThrough",
     "RangeLock",
+    "digest_of",
+    "digests",
     "each_extent",
     "read_bytes",
 ]

@@ -358,6 +358,7 @@ class Daemon:
                 description,
                 writable,
                 bitmaps={CHECKPOINT_BITMAP: changes},
+                with_digests=node is disk.primary,
                 allow=allow,
                 connections_max=connections_max,
             )

@@ -29,6 +29,7 @@ from replnbd.nbd.metadata import (
     DIRTY,
     QEMU_ALLOCATION_DEPTH,
     QEMU_DIRTY_BITMAP,
+    X_REPLNBD_DIGEST,
 )
 from replnbd.nbd.replies import (
     EXTENDED_REPLIES,
@@ -61,6 +62,7 @@ __all__ = [
     "SIMPLE_REPLIES",
     "SIMPLE_REPLY_SIZE",
     "STRUCTURED_REPLIES",
+    "X_REPLNBD_DIGEST",
     "ClientIdentity",
     "Descriptor",
     "ExportDirectory",

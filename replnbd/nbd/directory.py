@@ -51,7 +51,7 @@ class ExportDirectory(Protocol):
     """Where the handshake looks exports up, at the moment it is asked."""
 
     def offers(self, client: ClientIdentity) -> Iterable[ExportOffer]:
-        """All exports, in the order to list them."""
+        """All exports that are listed, in their order."""
 
     def offer(self, name: str, client: ClientIdentity) -> ExportOffer | None:
         """The export of that name, if there is one; "" is the default export."""

@@ -3,6 +3,7 @@
     base:allocation              holes and zeroes (proto.md, "The `base:` metadata namespace")
     qemu:allocation-depth        which layer decides the bytes (QEMU's docs/interop/nbd)
     qemu:dirty-bitmap:NAME       what has changed since some time (the same)
+    x-replnbd:digest             a digest of the bytes (see X_REPLNBD_DIGEST)
 
 A query of LIST_META_CONTEXT is a name, or what a name begins with up to one of its colons: "base:",
 "qemu:", "qemu:dirty-bitmap:". One of SET_META_CONTEXT is a name; anything else selects nothing.
@@ -15,6 +16,17 @@ from collections.abc import Iterable
 BASE_ALLOCATION = "base:allocation"
 QEMU_ALLOCATION_DEPTH = "qemu:allocation-depth"
 QEMU_DIRTY_BITMAP = "qemu:dirty-bitmap:"
+X_REPLNBD_DIGEST = "x-replnbd:digest"
+"""replnbd's own: whether two disks are equal can be seen without sending the bytes.
+
+The status flags of a descriptor are BLAKE2b, digest size 8, as a big-endian number, of the bytes of
+each piece that it has when cut at the multiples of 64 KiB. So a descriptor of many granules says
+that all of them are equal, and a hole of a TiB is one. What is asked for from, or to, the middle of
+a granule is answered by digests of those pieces: ask in whole granules, but for the end of the
+export. Answers fall short after a few MiB of data, but end between two granules.
+
+Compact headers have room for the low 32 bits only.
+"""
 
 DIRTY = 1
 """The status flag of a dirty extent (QEMU's docs/interop/nbd)."""

@@ -16,6 +16,7 @@ Structured reply chunk (20 bytes, then payload)     Extended reply chunk (32 byt
 Payloads: OFFSET_DATA u64 offset, bytes; OFFSET_HOLE u64 offset, u32 length; ERROR u32 error, u16
 length of a text, text; ERROR_OFFSET the same and u64 offset; BLOCK_STATUS u32 context id and pairs
 of u32 length, flags; BLOCK_STATUS_EXT u32 context id, u32 count and pairs of u64 length, flags.
+Flags of more bits than the shape has room for lose the upper ones.
 
 With structured replies, what has no payload is still answered by a simple reply (it is shorter, and
 "MAY" be). With extended headers it must not be.
@@ -180,7 +181,7 @@ class StructuredReplies(Replies):
     def _status_chunk(
         self, request: Request, done: bool, context: int, descriptors: list[Descriptor]
     ) -> bytes:
-        words = [word for descriptor in descriptors for word in descriptor]
+        words = [word for length, flags in descriptors for word in (length, flags & 0xFFFFFFFF)]
         payload = _STATUS.pack(context) + struct.pack(f">{len(words)}I", *words)
         return self._chunk(request, c.ReplyType.BLOCK_STATUS, payload, done=done)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-from replnbd.block import BlockNode
+from replnbd.block import BlockNode, digests
 from replnbd.nbd import (
     BASE_ALLOCATION,
     DIRTY,
     QEMU_ALLOCATION_DEPTH,
     QEMU_DIRTY_BITMAP,
+    X_REPLNBD_DIGEST,
     Descriptor,
 )
 from replnbd.nbd.constants import AllocationState
@@ -49,14 +50,18 @@ def _dirty_bitmap(bitmap: DirtyBitmap) -> ContextStatus:
     return status
 
 
-def contexts_of(bitmaps: Mapping[str, DirtyBitmap]) -> dict[str, ContextStatus]:
-    """By name: the contexts of an export that has these bitmaps."""
+def contexts_of(
+    bitmaps: Mapping[str, DirtyBitmap], *, with_digests: bool = False
+) -> dict[str, ContextStatus]:
+    """By name: the contexts of an export that has these bitmaps, and maybe x-replnbd:digest."""
     contexts: dict[str, ContextStatus] = {
         BASE_ALLOCATION: allocation,
         QEMU_ALLOCATION_DEPTH: allocation_depth,
     }
     for name, bitmap in bitmaps.items():
         contexts[QEMU_DIRTY_BITMAP + name] = _dirty_bitmap(bitmap)
+    if with_digests:
+        contexts[X_REPLNBD_DIGEST] = digests
     return contexts
 
 

@@ -84,10 +84,14 @@ class Export:
         writable: bool = True,
         *,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
+        with_digests: bool = False,
+        listed: bool = True,
         allow: Iterable[str] | None = None,
         connections_max: int | None = None,
     ) -> None:
         """`bitmaps`: by name, what the metadata contexts qemu:dirty-bitmap:NAME answer.
+        `with_digests`: there is a metadata context x-replnbd:digest.
+        `listed`: LIST shows it; if not, who uses it has to know its name.
         `allow`: who may use it, by the names in their certificates; None: everybody.
         `connections_max`: how many clients may use it at a time; None: as many as come.
 
@@ -105,7 +109,8 @@ class Export:
         self.allow = None if allow is None else frozenset(allow)
         self.refusal: str | None = None
         """Why clients are refused (set by NbdServer.fence); None while they are welcome."""
-        self.contexts = contexts_of(bitmaps or {})
+        self.listed = listed
+        self.contexts = contexts_of(bitmaps or {}, with_digests=with_digests)
         """Metadata contexts by name, in the order of LIST_META_CONTEXT."""
         self.stats = ExportStats()
         self.connections_max = connections_max

@@ -17,7 +17,8 @@ IN_FLIGHT_BYTES_MAX = 16 << 20
 one may be of the largest (PAYLOAD_BYTES_MAX)."""
 
 STATUS_BYTES_MAX = 2 << 20
-"""Of a BLOCK_STATUS: 4096 extents in each of three contexts, as Python has them."""
+"""Of a BLOCK_STATUS: 4096 extents in each of three contexts, as Python has them; a fourth, of
+digests, has few."""
 
 UNSENT_BYTES_MAX = 2 << 20
 """Reply bytes that the peer has not read, before we stop reading from it."""

@@ -143,7 +143,7 @@ class NbdServer:
 
     def offers(self, client: ClientIdentity) -> Iterable[ExportOffer]:
         """What LIST shows, in the order the exports were added."""
-        return [export.offer(client) for export in self._exports.values()]
+        return [export.offer(client) for export in self._exports.values() if export.listed]
 
     def offer(self, name: str, client: ClientIdentity) -> ExportOffer | None:
         """What INFO and GO show; "" is the default export, unless one has that name. Where there

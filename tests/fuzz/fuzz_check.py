@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 from errno import ENOTSUP
+from hashlib import blake2b
 from itertools import pairwise
 
 from fuzz_sessions import PIECE
@@ -22,6 +23,8 @@ ZERO = 2
 """Its status flag of what reads as zeroes."""
 STATES = {BASE_ALLOCATION: {0, 3}, "qemu:allocation-depth": {0, 1, 2, 3}}
 """What the status flags may be, by context; in a dirty bitmap 0 and 1."""
+DIGEST = "x-replnbd:digest"
+GRANULE = 64 << 10
 WHOLE_STATUS_BYTES = 1 << 20
 """Disks up to this size have no more extents than an answer holds."""
 
@@ -156,7 +159,9 @@ def in_order(session: Session) -> bool:
 
 def check_disk(session: Session, answers: dict[int, Answer], disk: bytearray) -> None:
     """Every byte that was read is what the requests before have made of `disk`, which is afterwards
-    what all of them have. Overlapping requests happen in the order in which they were sent."""
+    what all of them have. Overlapping requests happen in the order in which they were sent; but
+    digests are of the disk at that time or later."""
+    digests: list[tuple[int, int, int]] = []
     for request in session.requests:
         answer = answers[request.cookie]
         if answer.error:
@@ -169,12 +174,18 @@ def check_disk(session: Session, answers: dict[int, Answer], disk: bytearray) ->
             _check_status(name, descriptors, request.asked, session.facts.size)
             if name == BASE_ALLOCATION:
                 _check_zeroes(offset, descriptors, disk)
+            elif name == DIGEST and len(disk) <= WHOLE_STATUS_BYTES:
+                digests += _pieces(offset, descriptors)
+        digests = _other(digests, disk, session.shape)
         apply(request, disk)
+    digests = _other(digests, disk, session.shape)
+    if digests:
+        raise PeerError(f"no bytes that were there at some time have the digests {digests}")
 
 
 def _check_status(name: str, descriptors: list[tuple[int, int]], asked: Asked, size: int) -> None:
     states = [flags for _, flags in descriptors]
-    if not set(states) <= STATES.get(name, {0, 1}):
+    if name != DIGEST and not set(states) <= STATES.get(name, {0, 1}):
         raise PeerError(f"{name}: status flags {states} in the answer to {asked}")
     if any(a == b for a, b in pairwise(states)):
         raise PeerError(f"{name}: extents that are one in the answer to {asked}")
@@ -182,6 +193,30 @@ def _check_status(name: str, descriptors: list[tuple[int, int]], asked: Asked, s
     whole = size <= WHOLE_STATUS_BYTES and not asked.flags & wire.REQ_ONE
     if covered > asked.length or (whole and covered < asked.length):
         raise PeerError(f"{name}: extents of {covered} bytes in the answer to {asked}")
+
+
+def _pieces(offset: int, descriptors: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(start, end, digest) of each granule in an answer, or what it has of it."""
+    pieces = []
+    for length, value in descriptors:
+        end = offset + length
+        while offset < end:
+            stop = min(offset - offset % GRANULE + GRANULE, end)
+            pieces.append((offset, stop, value))
+            offset = stop
+    return pieces
+
+
+def _other(
+    digests: list[tuple[int, int, int]], disk: bytearray, shape: Shape
+) -> list[tuple[int, int, int]]:
+    """Those that are of other bytes than the disk has now."""
+    size = 8 if shape is Shape.EXTENDED else 4  # compact headers have room for half of it
+    return [
+        (start, end, value)
+        for start, end, value in digests
+        if value.to_bytes(size, "big") != blake2b(disk[start:end], digest_size=8).digest()[-size:]
+    ]
 
 
 def _check_zeroes(offset: int, descriptors: list[tuple[int, int]], disk: bytearray) -> None:

@@ -39,7 +39,7 @@ REPLIES: dict[Shape, Replies] = {
     Shape.EXTENDED: EXTENDED_REPLIES,
 }
 WRITABLE = 0x1 | 0x4 | 0x8 | 0x20 | 0x40 | 0x100 | 0x400 | 0x800
-CONTEXTS = ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:b")
+CONTEXTS = ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:b", "x-replnbd:digest")
 EXPORTS = [
     Facts("d", 1 << 18, WRITABLE, CONTEXTS, "a disk"),
     Facts("d-top", 1 << 18, 0x10F, CONTEXTS[:2]),

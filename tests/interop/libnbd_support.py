@@ -33,6 +33,9 @@ BLOCK = 4 * KIB
 SIZE = 4 * MIB + 1536
 BASE, DEPTH = "base:allocation", "qemu:allocation-depth"
 DIRTY = "qemu:dirty-bitmap:checkpoint"
+DIGEST = "x-replnbd:digest"
+CONTEXTS = {NAME: [BASE, DEPTH, DIRTY, DIGEST], TOP: [BASE, DEPTH, DIRTY]}
+"""Those of each export, in the order in which they are listed."""
 
 
 def patchy(rng: random.Random, size: int, *, run_max: int = 16) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from interop_support import KIB, MIB, run
-from libnbd_support import BASE, BLOCK, DEPTH, DIRTY, EXPORTS, NAME, SIZE, TOP, Served
+from libnbd_support import BASE, BLOCK, CONTEXTS, DEPTH, DIRTY, EXPORTS, NAME, SIZE, TOP, Served
 from map_support import Layers, Map
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -28,7 +28,7 @@ def described(served: Served, export: str, **differences: Any) -> dict[str, Any]
         "export-name": export,
         "description": DESCRIPTIONS.get(export, ""),
         "uri": served.uri(export),
-        "contexts": [BASE, DEPTH, DIRTY],
+        "contexts": CONTEXTS.get(export, CONTEXTS[TOP]),
         "is_rotational": False,
         "is_read_only": False,
         **dict.fromkeys(ABILITIES, True),

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 from interop_support import MIB
-from libnbd_support import BASE, DEPTH, DIRTY, EXPORTS, NAME, SIZE, TOP, QemuNbd, Served
+from libnbd_support import (
+    BASE,
+    CONTEXTS,
+    DEPTH,
+    DIGEST,
+    DIRTY,
+    EXPORTS,
+    NAME,
+    SIZE,
+    TOP,
+    QemuNbd,
+    Served,
+)
 from peers import LibnbdError, qemu_img
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -150,7 +162,7 @@ def test_structured_replies_are_for_who_asks(served: Served, structured: bool) -
 # Section: metadata contexts
 
 LISTS = [
-    ([], [BASE, DEPTH, DIRTY]),
+    ([], [BASE, DEPTH, DIRTY, DIGEST]),
     (["base:"], [BASE]),
     (["qemu:"], [DEPTH, DIRTY]),
     (["qemu:dirty-bitmap:"], [DIRTY]),
@@ -163,6 +175,8 @@ LISTS = [
     (["qemu:allocation-depth:"], []),
     (["base:allocatio"], []),
     (["base:allocation2", BASE], [BASE]),
+    (["x-replnbd:"], [DIGEST]),
+    ([DIGEST, BASE], [BASE, DIGEST]),
     (["x-nobody:", "x-nobody:thing", ":"], []),
 ]
 
@@ -173,7 +187,7 @@ def test_list_meta_context_finds_names_and_wildcards(
     served: Served, export: str, queries: list[str], expected: list[str]
 ) -> None:
     client = served.haggle(export, contexts=queries)
-    assert client.listed_contexts() == expected
+    assert client.listed_contexts() == [name for name in expected if name in CONTEXTS[export]]
     client.call("opt_abort")
 
 
@@ -182,9 +196,10 @@ def test_list_meta_context_finds_names_and_wildcards(
 def test_set_meta_context_selects_what_is_named_and_no_wildcard(
     served: Served, export: str, queries: list[str], listed: list[str]
 ) -> None:
-    selected = [name for name in listed if name in queries]
+    selected = [name for name in listed if name in queries and name in CONTEXTS[export]]
     with served.connect(export, contexts=queries) as client:
-        for name in (BASE, DEPTH, DIRTY, "base:", "qemu:", "qemu:dirty-bitmap:", "x-nobody:"):
+        wildcards = ["base:", "qemu:", "qemu:dirty-bitmap:", "x-replnbd:", "x-nobody:"]
+        for name in CONTEXTS[NAME] + wildcards:
             assert client.call("can_meta_context", name) is (name in selected), name
         if selected:
             assert list(client.block_status(SIZE, 0)) == selected
@@ -242,6 +257,9 @@ def test_qemu_nbd_offers_the_same(served: Served, qemu: QemuNbd) -> None:
     different = {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]}
     # "MAY fail the request with NBD_REP_ERR_INVALID": who forgot the colon is told so.
     assert different == {
+        "list []": (CONTEXTS[NAME], [BASE, DEPTH, DIRTY]),
+        "list ['x-replnbd:']": ([DIGEST], []),
+        f"list ['{DIGEST}', '{BASE}']": ([BASE, DIGEST], [BASE]),
         "list ['no-colon']": (errno.ENOTSUP, []),
         "list ['no-colon', 'base:allocation']": (errno.ENOTSUP, [BASE]),
     }
