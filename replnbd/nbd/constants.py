@@ -30,6 +30,12 @@ OPTION_BYTES_MAX = 32 << 20
 """Of one option's data (QEMU's bound); beyond it the peer is out of step or out for harm. Within
 it, data that we do not need is dropped as it arrives."""
 
+REPLY_ERROR_BIT = 1 << 31
+"""Of an option reply's type: it is an error."""
+
+SIZE_MAX = (1 << 63) - 1
+"""Of an export: offsets are 63 bits, in files and in QEMU."""
+
 QUERIES_MAX = 256
 """Queries of one LIST_META_CONTEXT or SET_META_CONTEXT; ERR_TOO_BIG beyond."""
 

@@ -32,3 +32,17 @@ def wire_error(error: OSError, flags: int = 0) -> int:
     if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP) and flags & c.CMD_FLAG_FAST_ZERO:
         return c.ENOTSUP
     return _WIRE_ERRORS.get(error.errno or errno.EIO, c.EIO)
+
+
+_KNOWN_ERRORS = frozenset(int(error) for error in c.WireError)
+
+
+def error_number(error: int) -> int:
+    """The errno of an error that a server sent: they are called the same, and so they are.
+
+    "The client SHOULD treat an unexpected error value as if it had been NBD_EINVAL": 0, too.
+    """
+    return error if error in _KNOWN_ERRORS else errno.EINVAL
+
+
+assert all(getattr(errno, error.name) == error for error in c.WireError)

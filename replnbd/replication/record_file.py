@@ -74,7 +74,8 @@ class RecordFile(Generic[R]):
         if not found:
             if blank:
                 return None
-            raise ImageError(f"{self._path}: no record in it is whole: the {self._what} is damaged")
+            text = "no record in it is whole: the file is damaged"
+            raise ImageError(f"{self._path}: {text}")
         self._sequence, record = max(found, key=lambda each: each[0])
         return record
 
