@@ -24,6 +24,9 @@ Laws.
 from replnbd.block.digest import GRANULE, digest_of, digests
 from replnbd.block.file import FileNode
 from replnbd.block.memory import MemoryNode
+from replnbd.block.nbd_connect import connect_nbd
+from replnbd.block.nbd_connection import NbdConnection
+from replnbd.block.nbd_uri import NbdTarget, is_nbd_uri, parse_nbd_uri
 from replnbd.block.node import (
     STATUS_EXTENTS_MAX,
     BlockNode,
@@ -44,11 +47,16 @@ __all__ = [
     "Extent",
     "FileNode",
     "MemoryNode",
+    "NbdConnection",
+    "NbdTarget",
     "OverlayNode",
     "PassThrough",
     "RangeLock",
+    "connect_nbd",
     "digest_of",
     "digests",
     "each_extent",
+    "is_nbd_uri",
+    "parse_nbd_uri",
     "read_bytes",
 ]
