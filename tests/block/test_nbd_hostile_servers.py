@@ -1,0 +1,270 @@
+"""A client meets servers that end, garble, lie or say nothing, at every byte of the conversation:
+whatever they do, everything it was asked for ends, soon, and it is not harmed."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from nbd_support import fresh_seed, on_both_loops
+
+from replnbd.block import connect_nbd, parse_nbd_uri
+from replnbd.errors import ProtocolError
+
+GREETING = b"NBDMAGICIHAVEOPT\0\3"
+SIZE = 1 << 30
+LATE_S = 3.0
+"""A client that has not ended by then hangs."""
+
+
+def reply(option: int, kind: int, payload: bytes = b"") -> bytes:
+    return struct.pack(">QIII", 0x3E889045565A9, option, kind, len(payload)) + payload
+
+
+def chunk(kind: int, cookie: int, offset: int, payload: bytes = b"", *, flags: int = 1) -> bytes:
+    head = struct.pack(">IHHQQQ", 0x6E8A278C, flags, kind, cookie, offset, len(payload))
+    return head + payload
+
+
+CONTEXT = struct.pack(">I", 5) + b"base:allocation"
+EXPORT = struct.pack(">HQH", 0, SIZE, 0x96D)
+DATA = random.Random(1).randbytes(40_000)
+OPTIONS = [
+    GREETING,
+    reply(11, 1),
+    reply(10, 4, CONTEXT) + reply(10, 1),
+    reply(7, 3, EXPORT) + reply(7, 1),
+]
+"""A server's side of a handshake, turn by turn."""
+
+REPLIES = [
+    chunk(1, 1, 512, struct.pack(">Q", 512) + DATA[:30_000], flags=0)
+    + chunk(1, 1, 512, struct.pack(">Q", 30_512) + DATA[30_000:]),
+    chunk(0, 2, 0),
+    chunk(6, 3, 0, struct.pack(">IIQQ", 5, 1, 1 << 20, 3)),
+    chunk(0, 4, 0),
+]
+"""And of the four requests of `talk`."""
+
+ASKED = [4 + 16, 16 + 4 + 0 + 4 + 4 + 15, 16 + 4 + 2 + 6, 32, 32 + 100, 32, 32]
+"""How many bytes the client has said when it is the server's turn again, after the greeting."""
+
+
+@dataclass
+class Script:
+    """What a server says, turn by turn, and what it does at the end of that."""
+
+    turns: list[bytes]
+    ending: str = "close"
+    piece: int = 1 << 30
+
+
+@asynccontextmanager
+async def scripted(folder: Path, script: Script) -> AsyncIterator[str]:
+    """A server that says so, whatever it hears."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            for turn, asked in zip(script.turns, [*ASKED, 0], strict=False):
+                for at in range(0, len(turn), script.piece):
+                    writer.write(turn[at : at + script.piece])
+                    await writer.drain()
+                    if script.piece < len(turn):
+                        await asyncio.sleep(0)
+                if turn is not script.turns[-1]:
+                    await reader.readexactly(asked)
+            match script.ending:
+                case "reset":
+                    writer.transport.abort()
+                case "silence":
+                    await reader.read(-1)
+                case "noise":
+                    while True:
+                        writer.write(os.urandom(1 << 16))
+                        await writer.drain()
+                case "zeroes":
+                    while True:
+                        writer.write(bytes(1 << 16))
+                        await writer.drain()
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_unix_server(serve, folder / "s")
+    async with server:
+        yield f"nbd+unix:///?socket={folder}/s"
+
+
+async def talk(
+    address: str, timeout_s: float = LATE_S
+) -> tuple[bytes, dict[str, list[tuple[int, int]]]]:
+    """One session with four requests, each after the one before."""
+    connection = await connect_nbd(
+        parse_nbd_uri(address), timeout_s=timeout_s, response_timeout_s=timeout_s
+    )
+    closed: list[OSError] = []
+    connection.on_closed = closed.append
+    try:
+        buffer = bytearray(40_000)
+        await connection.pread(512, memoryview(buffer))
+        await connection.pwrite(0, bytes(100))
+        found = await connection.block_status(0, 1 << 20)
+        await connection.flush()
+    finally:
+        await connection.close()
+        assert len(closed) == 1
+        assert connection.bytes_outstanding == 0
+    return bytes(buffer), found
+
+
+async def ends_in_time(address: str, timeout_s: float = LATE_S) -> BaseException | None:
+    """How `talk` ended; with data that is right, or with an error of the two kinds there are."""
+    async with asyncio.timeout(10 * LATE_S):
+        try:
+            data, found = await talk(address, timeout_s)
+        except (OSError, ProtocolError) as exc:
+            return exc
+    assert data == DATA
+    assert found == {"base:allocation": [(1 << 20, 3)]}
+    return None
+
+
+@on_both_loops
+async def test_a_server_that_keeps_to_the_script_is_understood(short_dir: Path) -> None:
+    for piece in (1 << 30, 1000):
+        async with scripted(short_dir, Script(OPTIONS + REPLIES, piece=piece)) as address:
+            assert await ends_in_time(address) is None
+
+
+def cut(turns: list[bytes], length: int) -> list[bytes]:
+    """The first `length` bytes of a conversation."""
+    kept = []
+    for turn in turns:
+        kept.append(turn[:length])
+        length -= len(turn)
+        if length <= 0:
+            break
+    return kept
+
+
+def cuts(turns: list[bytes]) -> list[int]:
+    """Every byte, but not in the middle of data."""
+    total = sum(map(len, turns))
+    start = sum(map(len, OPTIONS))
+    return [at for at in range(total) if not start + 50 < at < start + 29_990 or at % 5000 == 0][
+        :-1
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["close", "reset"])
+@on_both_loops
+async def test_a_server_may_end_at_every_byte(short_dir: Path, ending: str) -> None:
+    turns = OPTIONS + REPLIES
+    points = [
+        at for at in cuts(turns) if at < 400 or at % 97 == 0 or at > sum(map(len, turns)) - 200
+    ]
+    for at in points:
+        async with scripted(short_dir, Script(cut(turns, at), ending)) as address:
+            failure = await ends_in_time(address)
+            assert isinstance(failure, OSError), f"cut at {at}: {failure!r}"
+            assert failure.errno in (errno.ECONNRESET, errno.EPIPE), f"cut at {at}: {failure!r}"
+
+
+@pytest.mark.slow
+@on_both_loops
+async def test_a_server_may_garble_every_byte(short_dir: Path) -> None:
+    turns = OPTIONS + REPLIES
+    seed = fresh_seed()
+    rng = random.Random(seed)
+    whole = b"".join(turns)
+    header_bytes = [at for at in cuts(turns) if at < 330 or at > len(whole) - 10_300]
+    for at in rng.sample(header_bytes, 150):
+        garbled, position = [], 0
+        for turn in turns:
+            changed = bytearray(turn)
+            if position <= at < position + len(turn):
+                changed[at - position] ^= rng.randint(1, 255)
+            garbled.append(bytes(changed))
+            position += len(turn)
+        async with scripted(short_dir, Script(garbled)) as address:
+            try:
+                await ends_in_time(address)
+            except AssertionError:
+                pass  # data and flags may be anything; that they come is what counts
+
+
+@pytest.mark.parametrize("turns", range(1, 9))
+@on_both_loops
+async def test_a_server_may_be_silent_at_every_turn(short_dir: Path, turns: int) -> None:
+    said = (OPTIONS + REPLIES)[:turns]
+    said[-1] = said[-1][:-1]  # all but a byte
+    async with scripted(short_dir, Script(said, "silence")) as address:
+        failure = await ends_in_time(address, 0.15)
+        assert isinstance(failure, OSError)
+        assert failure.errno == errno.ETIMEDOUT
+
+
+@pytest.mark.parametrize("ending", ["noise", "zeroes"])
+@pytest.mark.parametrize("turns", [1, 2, 4, 5, 6, 7])
+@on_both_loops
+async def test_a_server_may_talk_without_end(short_dir: Path, turns: int, ending: str) -> None:
+    async with scripted(short_dir, Script((OPTIONS + REPLIES)[:turns], ending)) as address:
+        failure = await ends_in_time(address)
+        assert isinstance(failure, (OSError, ProtocolError))
+
+
+@on_both_loops
+async def test_an_endless_reply_is_not_kept(short_dir: Path) -> None:
+    """64 MiB of extents, again and again; what we hold does not grow."""
+    count = 1 << 20
+    status = struct.pack(">II", 5, count) + struct.pack(">QQ", 512, 0) * count
+    said = [*OPTIONS, chunk(6, 1, 0, status)]
+    async with scripted(short_dir, Script(said, "silence")) as address:
+        connection = await connect_nbd(parse_nbd_uri(address))
+        try:
+            found = await connection.block_status(0, SIZE)
+        finally:
+            connection.abort(OSError(errno.ECONNRESET, "enough"))
+            await connection.close()
+    assert found["base:allocation"] == [(512, 0)] * 8192
+
+
+@on_both_loops
+async def test_a_reply_that_nobody_asked_for_ends_the_session(short_dir: Path) -> None:
+    said = [*OPTIONS[:-1], OPTIONS[-1] + chunk(0, 1, 0)]
+    async with scripted(short_dir, Script(said, "silence")) as address:
+        failure = await ends_in_time(address)
+        assert isinstance(failure, OSError)
+        assert failure.errno == errno.EPROTO
+        assert "cookie 1" in str(failure)
+
+
+@on_both_loops
+async def test_a_server_that_shuts_down_is_left_softly(short_dir: Path) -> None:
+    heard: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for turn, asked in zip(OPTIONS, ASKED, strict=False):
+            writer.write(turn)
+            await reader.readexactly(asked)
+        writer.write(chunk(0x8001, 1, 512, struct.pack(">IH", 108, 3) + b"bye"))
+        heard.set_result(await reader.read())
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, short_dir / "s")
+    async with server:
+        failure = await ends_in_time(f"nbd+unix:///?socket={short_dir}/s")
+    assert isinstance(failure, OSError)
+    assert failure.errno == errno.ESHUTDOWN
+    assert "bye" in str(failure)
+    assert (await heard)[:8] == struct.pack(">IHH", 0x21E41C71, 0, 2)
