@@ -38,6 +38,7 @@ from replnbd.block.node import (
     read_bytes,
 )
 from replnbd.block.range_lock import RangeLock
+from replnbd.block.remote import NbdNode
 
 __all__ = [
     "GRANULE",
@@ -48,6 +49,7 @@ __all__ = [
     "FileNode",
     "MemoryNode",
     "NbdConnection",
+    "NbdNode",
     "NbdTarget",
     "OverlayNode",
     "PassThrough",
