@@ -5,6 +5,7 @@
     RawClient      one that sends any bytes, in all shapes of requests and replies (nbd_wire.py)
     Libnbd         libnbd, in a process of the Python that has its module
     CountingProxy  between any client and a server: how many bytes travelled
+    CuttingProxy   the same, and cuts, resets, silences, slows and refuses, as a test wants it
     QmpClient      a synchronous QMP client: every answer as it came, events kept
     Process        a child process that is always killed, with its stderr in every failure
     Guest          a small Linux guest: the kernel's own NBD client
@@ -20,12 +21,14 @@ what judges the code shares none of it.
 from peers.certificates import Authority, Credentials
 from peers.command import REPLNBD, Done, fingerprints, refusal, run_replnbd
 from peers.counting_proxy import CountingProxy
+from peers.cutting_proxy import CuttingProxy, Fault, random_faults
 from peers.disk import Disk, DiskFormat, qemu_img
 from peers.guest import Guest
 from peers.libnbd import Libnbd, LibnbdError, LibnbdProcess, ReadChunk
 from peers.nbd_client import NbdClient, NbdExport, NbdReplyError, list_exports
 from peers.nbd_raw import RawClient
 from peers.process import PeerError, Process, wait_until
+from peers.proxy import End, Proxy, Traffic, Way
 from peers.qemu import QemuDisk, QemuSecondary
 from peers.qmp_client import Answer, QmpClient
 from peers.replnbd import ReplnbdDaemon, ReplnbdDisk
@@ -36,9 +39,12 @@ __all__ = [
     "Authority",
     "CountingProxy",
     "Credentials",
+    "CuttingProxy",
     "Disk",
     "DiskFormat",
     "Done",
+    "End",
+    "Fault",
     "Guest",
     "Libnbd",
     "LibnbdError",
@@ -48,6 +54,7 @@ __all__ = [
     "NbdReplyError",
     "PeerError",
     "Process",
+    "Proxy",
     "QemuDisk",
     "QemuSecondary",
     "QmpClient",
@@ -55,9 +62,12 @@ __all__ = [
     "ReadChunk",
     "ReplnbdDaemon",
     "ReplnbdDisk",
+    "Traffic",
+    "Way",
     "fingerprints",
     "list_exports",
     "qemu_img",
+    "random_faults",
     "refusal",
     "run_replnbd",
     "wait_until",
