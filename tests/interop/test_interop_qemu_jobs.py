@@ -22,8 +22,7 @@ from interop_support import (
     run,
 )
 from libnbd_support import BLOCK, DIRTY, EXPORTS, NAME, SIZE, TOP, data_blocks, patchy, sparse_disk
-from machine import Machine
-from peers import CountingProxy, qemu_img, wait_until
+from peers import CountingProxy, Machine, qemu_img, wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 

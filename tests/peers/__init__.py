@@ -9,6 +9,8 @@
     QmpClient      a synchronous QMP client: every answer as it came, events kept
     Process        a child process that is always killed, with its stderr in every failure
     Guest          a small Linux guest: the kernel's own NBD client
+    Machine        a QEMU without a guest: its drives, its block nodes
+    QemuPrimary    one whose disk is a quorum: with QEMU's filter (FilterPrimary) or PlainPrimary
     QemuSecondary  QEMU 7.2 with its own replication filter: the oracle
     ReplnbdDaemon  `replnbd serve` on a configuration of the test
     Authority      signs certificates for tests of TLS
@@ -25,11 +27,13 @@ from peers.cutting_proxy import CuttingProxy, Fault, random_faults
 from peers.disk import Disk, DiskFormat, qemu_img
 from peers.guest import Guest
 from peers.libnbd import Libnbd, LibnbdError, LibnbdProcess, ReadChunk
+from peers.machine import Machine
 from peers.nbd_client import NbdClient, NbdExport, NbdReplyError, list_exports
 from peers.nbd_raw import RawClient
 from peers.process import PeerError, Process, wait_until
 from peers.proxy import End, Proxy, Traffic, Way
 from peers.qemu import QemuDisk, QemuSecondary
+from peers.qemu_primary import FilterPrimary, PlainPrimary, QemuPrimary
 from peers.qmp_client import Answer, QmpClient
 from peers.replnbd import ReplnbdDaemon, ReplnbdDisk
 
@@ -45,17 +49,21 @@ __all__ = [
     "Done",
     "End",
     "Fault",
+    "FilterPrimary",
     "Guest",
     "Libnbd",
     "LibnbdError",
     "LibnbdProcess",
+    "Machine",
     "NbdClient",
     "NbdExport",
     "NbdReplyError",
     "PeerError",
+    "PlainPrimary",
     "Process",
     "Proxy",
     "QemuDisk",
+    "QemuPrimary",
     "QemuSecondary",
     "QmpClient",
     "RawClient",

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from peers import NbdClient, PeerError, Process, QmpClient, wait_until
+from peers.nbd_client import NbdClient
+from peers.process import PeerError, Process, wait_until
+from peers.qmp_client import QmpClient
 
 QEMU = "qemu-system-x86_64"
 
