@@ -27,7 +27,7 @@ from replnbd.server.limits import FAREWELL_S, LINGER_S, UNSENT_BYTES_MAX
 from replnbd.server.operations import InFlight, Operation
 from replnbd.server.polling import BusyPoll
 from replnbd.server.requests import Requests
-from replnbd.server.slabs import Inbox, Outbox, Pool
+from replnbd.server.slabs import TAIL_BYTES, Inbox, Outbox, Pool
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Connection(asyncio.BufferedProtocol):
         self._busy_poll = BusyPoll(
             -1 if self._secure else transport.get_extra_info("socket").fileno()
         )
-        transport.set_write_buffer_limits(high=UNSENT_BYTES_MAX)
+        transport.set_write_buffer_limits(high=UNSENT_BYTES_MAX, low=TAIL_BYTES)
         self.export.connections.add(self)
         if write_paused:
             self.pause_writing()

@@ -1,7 +1,9 @@
 """Limits: what one peer can make a connection hold, and how long.
 
-At worst: IN_FLIGHT_BYTES_MAX and one payload in operations or in their replies, UNSENT_BYTES_MAX,
-and an inbox and an outbox: some 51 MiB.
+At worst, in MiB: operations hold 16 (IN_FLIGHT_BYTES_MAX) without what a last one needs; that is a
+payload of 32 which has nearly all arrived, beside the 8 that it grew from; and of replies that the
+peer has not taken, 2 (UNSENT_BYTES_MAX) and the rest of a slab of 2 that it has taken in part. With
+inbox and outbox that is 61, and no more because of what is kept for later (POOL_BYTES_MAX).
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ IN_FLIGHT_MAX = 128
 """Suspended operations of one connection: the Linux client's queue depth. QEMU allows 16."""
 
 IN_FLIGHT_BYTES_MAX = 16 << 20
-"""What suspended operations hold, payloads mostly. No other begins once it is reached: so the last
-one may be of the largest (PAYLOAD_BYTES_MAX)."""
+"""What suspended operations hold, their slabs mostly. No other begins once it is reached: so the
+last one may be of the largest (PAYLOAD_BYTES_MAX)."""
 
 STATUS_BYTES_MAX = 2 << 20
 """Of a BLOCK_STATUS: 4096 extents in each of three contexts, as Python has them; a fourth, of

@@ -155,13 +155,17 @@ class InFlight:
     def _hold(self, operation: Operation, change: int) -> None:
         """Count an operation in (1), or out (-1)."""
         self.count += change
-        self.bytes += change * operation.bytes_held
         slab = operation.slab
         if slab is None:
+            self.bytes += change * operation.bytes_held
             return
-        # A small one keeps all of the slab that it shares with others.
-        if not slab.pooled and slab.users == (change < 0):
+        if slab.pooled:
             self.bytes += change * len(slab.buffer)
+        else:
+            self.bytes += change * operation.bytes_held
+            # A small one keeps all of the slab that it shares with others.
+            if slab.users == (change < 0):
+                self.bytes += change * len(slab.buffer)
         slab.users += change
 
     async def _complete(

@@ -29,8 +29,16 @@ _SCRAP = memoryview(bytearray(64 * 1024))  # written by all who drop what they r
 _ROOM_MIN = INBOX_BYTES // 4  # with less behind lent slices, take a new slab
 
 
-POOL_BYTES_MAX = 33 << 20
-"""Kept for later, in all of a server: the payloads of one busy client, or the largest."""
+POOL_BYTES_MAX = 48 << 20
+"""What is kept for later and what is in use, in all of a server: a payload of 32 MiB, and what it
+grows in. Where more is in use, nothing is kept: so no client makes us hold more because of those
+that were there before it."""
+
+TAIL_BYTES = 512 << 10
+"""Of a large reply, copied: who has so little left to take is answered again, and must not have the
+slab of what it took already, of 32 MiB maybe, beside those of the next replies."""
+
+_TAILED_MIN = 4 * TAIL_BYTES  # with less to gain, 50 to 100 µs are too much
 
 _HEADERS_BYTES = 4096  # room for those of a reply, so that a READ fits where a WRITE does
 
@@ -50,21 +58,50 @@ class Slab:
         self.pooled = pooled
 
 
+class _Account:
+    """How many bytes the slabs of a pool have, whoever has them."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+class _PooledSlab(Slab):
+    """Is in its pool's account for as long as it exists: not all come back."""
+
+    __slots__ = ("_account",)
+
+    def __init__(self, size: int, account: _Account) -> None:
+        super().__init__(size, pooled=True)
+        self._account = account
+        account.bytes += size
+
+    def __del__(self) -> None:
+        self._account.bytes -= len(self.buffer)
+
+
 class Pool:
     """Slabs that nobody uses, for the next who needs one of about that size."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[Slab]] = {}
-        self._bytes = 0
+        self._account = _Account()
+
+    @property
+    def bytes(self) -> int:
+        """Of all slabs that it has made and that are still there, used or not."""
+        return self._account.bytes
 
     def take(self, size: int) -> Slab:
         """A slab of at least `size` bytes, with anything in it."""
         rounded = _rounded(size)
         free = self._free.get(rounded)
-        if not free:
-            return Slab(rounded, pooled=True)
-        self._bytes -= rounded
-        return free.pop()
+        if free:
+            return free.pop()
+        if self._account.bytes + rounded > POOL_BYTES_MAX:
+            self._free.clear()  # they may all be of sizes that nobody wants any more
+        return _PooledSlab(rounded, self._account)
 
     def give(self, slab: Slab | None) -> None:
         """Nobody uses `slab` any more, and nobody will. One that did not come from here, or none
@@ -72,13 +109,8 @@ class Pool:
         if slab is None or not slab.pooled:
             return
         assert not slab.users
-        size = len(slab.buffer)
-        if self._bytes + size > POOL_BYTES_MAX:
-            self._free.clear()  # they may all be of sizes that nobody wants any more
-            self._bytes = 0
-        if size <= POOL_BYTES_MAX:
-            self._bytes += size
-            self._free.setdefault(size, []).append(slab)
+        if self._account.bytes <= POOL_BYTES_MAX:
+            self._free.setdefault(len(slab.buffer), []).append(slab)
 
 
 def _rounded(size: int) -> int:
@@ -253,9 +285,13 @@ class Outbox:
             # holds on to must not be a multiple of that.
             self._transport.write(bytes(reply))
             self._pool.give(slab)
-        else:
+        elif len(reply) <= _TAILED_MIN:
             self._transport.write(reply)
             self._sent.append((self._written, slab))
+        else:
+            self._transport.write(reply[:-TAIL_BYTES])
+            self._transport.write(bytes(reply[-TAIL_BYTES:]))
+            self._sent.append((self._written - TAIL_BYTES, slab))
 
     def _recycle(self, unsent: int) -> None:
         sent = self._sent

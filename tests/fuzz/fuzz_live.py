@@ -37,9 +37,7 @@ from peers import nbd_wire as wire
 SMALL, LARGE = 256 * KIB, 64 * MIB
 DEFAULT_EXPORT = "d"
 CONNECTION_BYTES_MAX = 64 * MIB
-"""What one connection may make the daemon hold."""
-KEPT_BYTES_MAX = 34 * MIB
-"""What the daemon keeps of buffers that nobody uses, for all connections; it comes and goes."""
+"""What one connection may make the daemon hold, with what is kept for the next."""
 ROUNDS_PER_CHECKPOINT = 50
 ROUNDS_PER_LOG = 200
 TOUCHED_MAX = 4 * MIB  # of the large disk, read back after a round
@@ -207,7 +205,7 @@ class Arena:
         counts.round_bytes = max(counts.round_bytes, used)
         if clients == 1:
             counts.connection_bytes = max(counts.connection_bytes, used)
-        if used > clients * CONNECTION_BYTES_MAX + KEPT_BYTES_MAX:
+        if used > clients * CONNECTION_BYTES_MAX:
             raise PeerError(f"{clients} clients have cost {used / MIB:.1f} MiB")
 
     def _check(self, client: Client, meaning: Meaning) -> None:

@@ -12,6 +12,7 @@ from replnbd.server.slabs import (
     OUTBOX_BYTES,
     POOL_BYTES_MAX,
     START_BYTES,
+    TAIL_BYTES,
     Inbox,
     Outbox,
     Pool,
@@ -219,15 +220,63 @@ def test_a_pool_gives_slabs_that_are_large_enough_and_wastes_little() -> None:
         assert size <= len(pool.take(size).buffer) <= size + max(size // 4, 16384) + 4096
 
 
-def test_a_pool_keeps_no_more_than_its_limit_and_forgets_sizes_out_of_use() -> None:
+def test_a_pool_keeps_what_fits_beside_what_is_in_use() -> None:
     pool = Pool()
-    old = [pool.take(8 << 20) for _ in range(4)]
-    assert 32 << 20 < sum(len(each.buffer) for each in old) < POOL_BYTES_MAX
-    for slab in old:
-        pool.give(slab)
-    assert pool.take(8 << 20) in old
-    pool.give(Slab(8 << 20, pooled=True))
-    new = pool.take(1 << 20)
-    pool.give(new)
-    assert pool.take(8 << 20) not in old
-    assert pool.take(1 << 20) is new
+    old = [pool.take(8 << 20) for _ in range(5)]
+    assert 40 << 20 < pool.bytes < POOL_BYTES_MAX
+    while old:
+        pool.give(old.pop())
+    large = pool.take(32 << 20)
+    assert pool.bytes == len(large.buffer)
+    pool.give(large)
+    assert pool.take(32 << 20) is large
+
+
+def test_a_pool_keeps_nothing_while_more_than_its_limit_is_in_use() -> None:
+    pool = Pool()
+    used = [pool.take(32 << 20), pool.take(32 << 20)]
+    size = len(used[0].buffer)
+    pool.give(pool.take(1 << 20))
+    assert pool.bytes == 2 * size
+    pool.give(used.pop())
+    assert pool.bytes == size
+    pool.give(used.pop())
+    assert pool.bytes == size
+
+
+def test_a_slab_that_never_comes_back_is_not_in_a_pool_s_way() -> None:
+    """Of a client that is gone, for one."""
+    pool = Pool()
+    for _ in range(3):
+        pool.take(40 << 20)
+    assert pool.bytes == 0
+
+
+def test_a_payload_of_32_mib_finds_the_buffers_of_the_last_one() -> None:
+    pool = Pool()
+    inbox = Inbox(pool)
+    seen = []
+    for _ in range(2):
+        inbox.expect(32 << 20)
+        while (complete := inbox.take_payload()) is None:
+            inbox.received(len(inbox.get_buffer()))
+        seen.append(complete[1])
+        pool.give(complete[1])
+    assert seen[0] is seen[1]
+
+
+def test_who_has_taken_a_large_reply_but_for_its_end_holds_its_slab_no_longer() -> None:
+    transport, pool = MemoryTransport(), Pool()
+    outbox = Outbox(cast(asyncio.Transport, transport), pool)
+    slab = pool.take(8 << 20)
+    reply = random.randbytes(8 << 20)
+    slab.view[: len(reply)] = reply
+    outbox.send(slab.view[: len(reply)], slab)
+    assert transport.get_write_buffer_size() == len(reply)
+    transport.sent += transport.pending.pop(0)
+    assert transport.get_write_buffer_size() == TAIL_BYTES
+    outbox.begin()
+    assert pool.take(8 << 20) is slab
+    slab.view[:] = bytes(len(slab.buffer))
+    transport.drain()
+    assert transport.sent == reply
