@@ -188,7 +188,7 @@ class Daemon:
 
     async def job_cancel(self, job_id: str) -> None:
         """`job-cancel`; see `control.Backend`."""
-        await self.jobs_registry.get(job_id).cancel()
+        self.jobs_registry.get(job_id).cancel()
 
     async def set_speed(self, job_id: str, speed_bytes: int) -> None:
         """`block-job-set-speed`; see `control.Backend`."""

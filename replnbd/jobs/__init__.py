@@ -3,9 +3,9 @@
     BackupJob   copy-before-write, from a start to a stop or failover
     CommitJob   moves what the overlays hold down into the secondary disk, after a failover
 
-A job is an asyncio task with QEMU's life (qapi/job.json): created, running, paused, aborting,
-concluded, null. Every change of status is an event. A job belongs to who made it: that one waits
-for its end, and is told of it even when a user cancelled it. `JobRegistry` is where QMP finds them.
+A job is an asyncio task with QEMU's life (qapi/job.json; see job.py). Every change of status is an
+event. A job belongs to who made it: that one waits for its end, and is told of it even when a user
+cancelled it. `JobRegistry` is where QMP finds them.
 """
 
 from replnbd.jobs.backup import BackupJob

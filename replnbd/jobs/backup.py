@@ -42,7 +42,7 @@ class BackupJob(Job):
         """The stage that needed the copies is over: the job ends well, in its own turn."""
         self._finished.set()
 
-    async def cancel(self) -> None:
+    def cancel(self, *, force: bool = True) -> None:
         """Refused: without the copies, the view would not be the checkpoint's any more."""
         raise StateError(
             f"Job '{self.id}' keeps the checkpoint of its disk: end it by a stop or a failover"

@@ -1,4 +1,15 @@
-"""Job: the life that all jobs share. This file knows no disks."""
+"""Job: the life that all jobs share. This file knows no disks.
+
+    created -> running -> [ready ->] waiting -> pending -> concluded -> null
+                  |          |                     |           ^
+                  +----------+---------------------+-> aborting
+
+paused is running, and standby is ready, at a user's word. A job that has something to keep up (a
+mirror) is ready once it has caught up, and goes on until it is told to complete. waiting is for
+other jobs of its transaction: there are none, so it is only passed through. pending is passed
+through too, unless the job is not `auto_finalize`; and so is concluded, unless it is not
+`auto_dismiss`. Whether it ended well is decided when pending is left.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +29,53 @@ log = logging.getLogger(__name__)
 
 
 class JobStatus(StrEnum):
-    """The states a job of ours passes through (qapi/job.json, JobStatus)."""
+    """The states of a job (qapi/job.json, JobStatus)."""
 
     CREATED = "created"
     RUNNING = "running"
     PAUSED = "paused"
+    READY = "ready"
+    STANDBY = "standby"
+    WAITING = "waiting"
+    PENDING = "pending"
     ABORTING = "aborting"
     CONCLUDED = "concluded"
     NULL = "null"
 
 
 # Which verbs a user may use in which status (QEMU's JobVerbTable).
-_ALIVE = (JobStatus.CREATED, JobStatus.RUNNING, JobStatus.PAUSED)
-_VERBS = {"pause": _ALIVE, "resume": _ALIVE, "set-speed": _ALIVE, "cancel": _ALIVE}
+_READY = (JobStatus.READY, JobStatus.STANDBY)
+_WORKING = (JobStatus.CREATED, JobStatus.RUNNING, JobStatus.PAUSED, *_READY)
+_VERBS = {
+    "pause": _WORKING,
+    "resume": _WORKING,
+    "set-speed": _WORKING,
+    "cancel": (*_WORKING, JobStatus.WAITING, JobStatus.PENDING),
+    "complete": _READY,
+    "finalize": (JobStatus.PENDING,),
+    "dismiss": (JobStatus.CONCLUDED,),
+}
 
 
 class Job(ABC):
     """One job. `start` it, and `wait` for its end; between, a user may pause and cancel it.
 
     Emits JOB_STATUS_CHANGE {id, status} at every step, BLOCK_JOB_ERROR {device, operation, action}
-    on an I/O error, and at the end BLOCK_JOB_COMPLETED or BLOCK_JOB_CANCELLED {type, device, len,
-    offset, speed, error?}.
+    on an I/O error, BLOCK_JOB_READY {type, device, len, offset, speed} when it becomes ready,
+    BLOCK_JOB_PENDING {type, id} when it waits to be finalized, and at the end BLOCK_JOB_COMPLETED
+    or BLOCK_JOB_CANCELLED {type, device, len, offset, speed, error?}.
     """
 
     type: str
+    can_complete = False
+    """Whether `complete` means something else than the end of a job that is ready: for a mirror,
+    that its target takes the source's place."""
 
-    def __init__(self, job_id: str, bus: EventBus) -> None:
+    def __init__(
+        self, job_id: str, bus: EventBus, *, auto_finalize: bool = True, auto_dismiss: bool = True
+    ) -> None:
+        """Without `auto_finalize` it stays pending until `finalize`; without `auto_dismiss` it
+        stays concluded, and listed, until `dismiss`."""
         self.id = job_id
         self.status = JobStatus.CREATED
         self.progress_current = 0
@@ -52,11 +84,20 @@ class Job(ABC):
         """Limit in bytes/s; 0 for none."""
         self.error: OSError | None = None
         self.cancelled = False
+        """It is to end, or has ended, without its work being done."""
+        self.completed = False
+        """`complete` was called. False in a job that is ready and ends: it was cancelled, which
+        is an end as good, but leaves everything where it is."""
+        self.auto_finalize = auto_finalize
+        self.auto_dismiss = auto_dismiss
         self.operation = "write"
         """What the job is doing to a disk, "read" or "write", for BLOCK_JOB_ERROR."""
         self._bus = bus
         self._task: asyncio.Task[None] | None = None
         self._paused = False
+        self._ending = False  # a job that is ready is to end well
+        self._finalized = False
+        self._nudged = False
         self._wake = asyncio.Event()
         """Set by whatever ends a nap before its time."""
         self._debt_s = 0.0
@@ -65,7 +106,15 @@ class Job(ABC):
 
     @abstractmethod
     async def run(self) -> None:
-        """The work. OSError is the job's failure; call `pause_point` at least every 100 ms."""
+        """The work. OSError is the job's failure; call `pause_point` at least every 100 ms.
+
+        A job that has something to keep up does so after it has caught up:
+
+            await self.become_ready()
+            while not await self.told_to_end(bytes_done, idle=nothing_to_do):
+                ...  # keep up; whoever makes work for an idle job calls `nudge`
+            ...  # the last of it, and what `completed` asks for
+        """
 
     def start(self) -> None:
         """Begin to run as a task that this job owns."""
@@ -74,7 +123,8 @@ class Job(ABC):
         self._task = asyncio.get_running_loop().create_task(self._live(), name=self.id)
 
     async def wait(self) -> None:
-        """Wait for the end, whatever it is; see `error` and `cancelled`."""
+        """Wait for the end, whatever it is; see `error` and `cancelled`. It is concluded then,
+        and null if it is `auto_dismiss`."""
         assert self._task is not None
         await asyncio.wait([self._task])
 
@@ -84,16 +134,16 @@ class Job(ABC):
         if self._paused:
             raise StateError("Job is already paused")
         self._paused = True
-        self._set_status(JobStatus.PAUSED)
+        ready = self.status is JobStatus.READY
+        self._set_status(JobStatus.STANDBY if ready else JobStatus.PAUSED)
 
     def resume(self) -> None:
         """Go on (`job-resume`)."""
-        self._require("resume")
         if not self._paused:
             raise StateError("Can't resume a job that was not paused")
-        self._paused = False
+        self._require("resume")
+        self._unpause()
         self._wake.set()
-        self._set_status(JobStatus.RUNNING)
 
     def set_speed(self, speed: int) -> None:
         """Limit the job to `speed` bytes/s from now on, 0 for no limit (`block-job-set-speed`)."""
@@ -104,15 +154,39 @@ class Job(ABC):
         self._debt_s = 0.0
         self._wake.set()
 
-    async def cancel(self) -> None:
-        """End the job at its next pause point (`job-cancel`); returns when it has ended.
+    def cancel(self, *, force: bool = True) -> None:
+        """End the job at its next pause point (`job-cancel`); `wait` for that.
 
         Never in the middle of an operation: that would go on without its locks.
+        Without `force` (`block-job-cancel`), one that is ready ends well: its work is done.
         """
         self._require("cancel")
-        self.cancelled = True
+        if not force and self._paused:
+            raise StateError(f"The block job for device '{self.id}' is currently paused")
+        if not force and self.status is JobStatus.READY:
+            self._ending = True
+        else:
+            self.cancelled = True
         self._wake.set()
-        await self.wait()
+
+    def complete(self) -> None:
+        """Let a job that is ready end well (`job-complete`), once it is not paused."""
+        self._require("complete")
+        if self.cancelled or not self.can_complete:
+            raise StateError(f"The active block job '{self.id}' cannot be completed")
+        self.completed = self._ending = True
+        self._wake.set()
+
+    def finalize(self) -> None:
+        """Let a job that is pending end (`job-finalize`)."""
+        self._require("finalize")
+        self._finalized = True
+        self._wake.set()
+
+    def dismiss(self) -> None:
+        """Forget a job that is concluded (`job-dismiss`)."""
+        self._require("dismiss")
+        self._set_status(JobStatus.NULL)
 
     def describe(self) -> dict[str, Any]:
         """A member of the answer to `query-jobs`."""
@@ -135,13 +209,14 @@ class Job(ABC):
             "device": job_id,
             "len": length,
             "offset": description.pop("current-progress"),
-            "busy": self._task is not None and not self._paused,
+            "busy": self.status in (JobStatus.RUNNING, JobStatus.READY),
             "paused": self._paused,
             "speed": self.speed,
-            "io-status": "ok" if self.error is None else "failed",
-            "ready": False,
-            "auto-finalize": True,
-            "auto-dismiss": True,
+            # QEMU's says otherwise while an error stops the job; here an error ends it.
+            "io-status": "ok",
+            "ready": self.status in _READY,
+            "auto-finalize": self.auto_finalize,
+            "auto-dismiss": self.auto_dismiss,
         }
 
     async def pause_point(self, bytes_done: int = 0) -> None:
@@ -150,7 +225,7 @@ class Job(ABC):
         if self.speed:
             self._debt_s += bytes_done / self.speed
         await asyncio.sleep(0)
-        while not self.cancelled and (self._paused or self._debt_s > 0):
+        while not self.cancelled and (self._paused or (self._debt_s > 0 and not self._ending)):
             self._wake.clear()
             began_s = time.monotonic()
             try:
@@ -159,8 +234,32 @@ class Job(ABC):
             except TimeoutError:
                 pass
             self._debt_s = max(0.0, self._debt_s - (time.monotonic() - began_s))
-        if self.cancelled:
-            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        self._end_if_cancelled()
+
+    async def become_ready(self) -> None:
+        """The work is done, but for what comes up from now on: tell so, once not paused."""
+        await self.pause_point()
+        assert self.status is JobStatus.RUNNING
+        self._set_status(JobStatus.READY)
+        self._bus.emit("BLOCK_JOB_READY", **self._progress())
+
+    async def told_to_end(self, bytes_done: int = 0, *, idle: bool = False) -> bool:
+        """The `pause_point` of a job that is ready: whether it is to end well now.
+
+        `idle`: there is nothing to do; wait for that, or for a `nudge`.
+        """
+        await self.pause_point(bytes_done)
+        while idle and not (self._ending or self._nudged):
+            self._wake.clear()
+            await self._wake.wait()
+            await self.pause_point()
+        self._nudged = False
+        return self._ending
+
+    def nudge(self) -> None:
+        """There is something to do for a job that is `idle`."""
+        self._nudged = True
+        self._wake.set()
 
     @abstractmethod
     def on_end(self) -> None:
@@ -171,6 +270,7 @@ class Job(ABC):
         try:
             await self.run()
             self.cancelled = False  # if it was, it came too late
+            await self._reach_the_end()
         except OSError as exc:
             self.error = exc
             if exc.errno != errno.ECANCELED:
@@ -179,11 +279,35 @@ class Job(ABC):
             self.error = OSError(errno.EIO, f"internal error: {exc!r}")
             log.exception("job %s failed: our bug", self.id)
         if self.error is not None:
+            self._unpause()
             self._set_status(JobStatus.ABORTING)
         self.on_end()
         self._emit_end()
         self._set_status(JobStatus.CONCLUDED)
-        self._set_status(JobStatus.NULL)
+        if self.auto_dismiss:
+            self._set_status(JobStatus.NULL)
+
+    async def _reach_the_end(self) -> None:
+        self._unpause()
+        self._set_status(JobStatus.WAITING)
+        self._set_status(JobStatus.PENDING)
+        if self.auto_finalize:
+            return
+        self._bus.emit("BLOCK_JOB_PENDING", type=self.type, id=self.id)
+        while not (self._finalized or self.cancelled):
+            self._wake.clear()
+            await self._wake.wait()
+        self._end_if_cancelled()
+
+    def _end_if_cancelled(self) -> None:
+        if self.cancelled:
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+    def _unpause(self) -> None:
+        if self._paused:
+            self._paused = False
+            ready = self.status is JobStatus.STANDBY
+            self._set_status(JobStatus.READY if ready else JobStatus.RUNNING)
 
     def _report(self, exc: OSError) -> None:
         log.error("job %s failed: %s", self.id, exc.strerror or exc)
@@ -208,14 +332,17 @@ class Job(ABC):
     def _emit_status(self) -> None:
         self._bus.emit("JOB_STATUS_CHANGE", id=self.id, status=self.status.value)
 
-    def _emit_end(self) -> None:
-        data: dict[str, Any] = {
+    def _progress(self) -> dict[str, Any]:
+        return {
             "type": self.type,
             "device": self.id,
             "len": self.progress_total,
             "offset": self.progress_current,
             "speed": self.speed,
         }
+
+    def _emit_end(self) -> None:
+        data = self._progress()
         if self.cancelled:
             self._bus.emit("BLOCK_JOB_CANCELLED", **data)
             return

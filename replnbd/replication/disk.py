@@ -333,7 +333,8 @@ class StandbyDisk:
         commit, self._commit = self._commit, None
         backup = self._finish_backup()
         if commit is not None:
-            await commit.cancel()
+            commit.cancel()
+            await commit.wait()
         if backup is not None:
             await backup.wait()
 

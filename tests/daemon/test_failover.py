@@ -179,6 +179,7 @@ def test_a_cancelled_commit_can_be_tried_again_by_failover(setup: Setup) -> None
         view.pwrite(SIZE, b"the standby's own")
         running.failover(PAUSE)
         running.qmp.execute("job-cancel", {"id": "commit-d"})
+        wait_until(lambda: running.disk()["stage"] != "failover", "the end of the commit")
         disk = running.disk()
         assert disk["stage"] == "failover-failed"
         assert disk["error"] == "commit-d: Operation canceled"

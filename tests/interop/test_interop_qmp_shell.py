@@ -170,6 +170,8 @@ FAILOVER_TOLD = [
     "commit-colo0 created",
     "colo0: running -> failover",
     "commit-colo0 running",
+    "commit-colo0 waiting",
+    "commit-colo0 pending",
     "colo0: failover -> done",
     "commit job commit-colo0 completed",
     "commit-colo0 concluded",
@@ -177,6 +179,8 @@ FAILOVER_TOLD = [
 ]
 # Amid those of the failover that ends it.
 BACKUP_END_TOLD = [
+    "backup-colo0 waiting",
+    "backup-colo0 pending",
     "backup job backup-colo0 completed",
     "backup-colo0 concluded",
     "backup-colo0 null",

@@ -133,7 +133,9 @@ class Rehearsal:
             await self.requests([(self.disk.standby, self.view)])
             if trouble == "cancelled" and self.rng.random() < 0.4:
                 with suppress(ControlError):  # it may have ended
-                    await self.jobs.get("commit-d").cancel()
+                    commit = self.jobs.get("commit-d")
+                    commit.cancel()
+                    await commit.wait()
         with suppress(StateError):
             await self.group.wait_committed()
         self.faults[0].heal()
