@@ -62,8 +62,8 @@ def serve(folder: Path, sockets: Path) -> None:
 
     async def run(config: Config) -> None:
         async with Daemon(config) as daemon:
-            await daemon.group.start()
-            slow = daemon.group.disks[0].primary
+            await daemon.standby_group.start()
+            slow = daemon.standby_group.disks[0].primary
             daemon.server.add_export(Export("delay", DelayNode("delay", slow, DELAY_S)))
             await asyncio.Event().wait()
 

@@ -22,6 +22,7 @@ Laws.
 """
 
 from replnbd.block.digest import GRANULE, digest_of, digests
+from replnbd.block.dirty_map import DirtyMap
 from replnbd.block.file import FileNode
 from replnbd.block.memory import MemoryNode
 from replnbd.block.nbd_connect import connect_nbd
@@ -45,6 +46,7 @@ __all__ = [
     "STATUS_EXTENTS_MAX",
     "BlockNode",
     "Buffer",
+    "DirtyMap",
     "Extent",
     "FileNode",
     "MemoryNode",

@@ -38,9 +38,13 @@ def _check_interval(ctx: click.Context, param: click.Parameter, seconds: float) 
 @click.command()
 @control
 def start(control: str) -> None:
-    """Start replication, with a first checkpoint."""
+    """Start replication.
+
+    On a standby, with a first checkpoint. On a primary: what the standby lacks is copied in the
+    background, and what is written is sent.
+    """
     with ControlClient(control) as client:
-        client.execute("xen-set-replication", enable=True, primary=False)
+        client.execute("xen-set-replication", enable=True, primary=_is_primary(client))
         _say_stages(client)
 
 
@@ -54,7 +58,9 @@ def checkpoint(control: str) -> None:
     with ControlClient(control) as client:
         client.execute("xen-colo-do-checkpoint")
         for disk in client.execute("x-replnbd-status")["disks"]:
-            click.echo(f"{disk['name']}: {disk['stage']}, checkpoint {disk['checkpoints']}")
+            count = disk.get("checkpoints")
+            what = "has arrived" if count is None else f"checkpoint {count}"
+            click.echo(f"{disk['name']}: {disk['stage']}, {what}")
 
 
 @click.command()
@@ -62,10 +68,40 @@ def checkpoint(control: str) -> None:
 def stop(control: str) -> None:
     """Stop replication.
 
-    Each disk is the primary's latest then, and both overlays are empty.
+    On a standby: each disk is the primary's latest then, and both overlays are empty. On a primary:
+    nothing is sent any more.
     """
     with ControlClient(control) as client:
-        client.execute("xen-set-replication", enable=False, primary=False)
+        client.execute("xen-set-replication", enable=False, primary=_is_primary(client))
+        _say_stages(client)
+
+
+@click.command()
+@control
+@click.option("--to", required=True, metavar="URI", help="The standby's disk: nbd://HOST/NAME.")
+@click.option("--disk", help="Which disk, if there are several.")
+def replicate(control: str, to: str, disk: str | None) -> None:
+    """Send a disk that has taken over to a standby.
+
+    After a failover: only what differs is copied if that is the old primary. From then on it is
+    sent what is written, also after a restart.
+    """
+    with ControlClient(control) as client:
+        device = {} if disk is None else {"device": disk}
+        client.execute("x-replnbd-replicate", to=to, **device)
+        _say_stages(client)
+
+
+@click.command()
+@control
+def demote(control: str) -> None:
+    """Make a primary the standby of the one that has taken over.
+
+    Its clients are disconnected, its disks become the standby's, with the view NAME-top. For good:
+    also after a restart.
+    """
+    with ControlClient(control) as client:
+        client.execute("x-replnbd-demote")
         _say_stages(client)
 
 
@@ -155,6 +191,10 @@ def jobs(control: str, as_json: bool) -> None:
     show.json(listed) if as_json else show.jobs(listed)
 
 
+def _is_primary(client: ControlClient) -> bool:
+    return bool(client.execute("x-replnbd-status")["role"] == "primary")
+
+
 def _say_stages(client: ControlClient) -> None:
     for disk in client.execute("x-replnbd-status")["disks"]:
         click.echo(f"{disk['name']}: {disk['stage']}")
@@ -181,4 +221,4 @@ def _wait_for_commit(client: ControlClient) -> None:
         raise StateError(f"the commit failed: {what}; 'replnbd failover' tries it again")
 
 
-COMMANDS = (start, checkpoint, stop, failover, reset, status, jobs)
+COMMANDS = (start, checkpoint, stop, failover, replicate, demote, reset, status, jobs)

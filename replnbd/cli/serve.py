@@ -1,10 +1,11 @@
-"""replnbd serve and replnbd secondary: run a daemon in the foreground."""
+"""replnbd serve, primary and secondary: run a daemon in the foreground."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -42,36 +43,50 @@ def serve(config: Path, log_level: str) -> None:
     run(loaded)
 
 
+image_format = click.option(
+    "--format", "image_format", type=click.Choice(["raw", "qcow2"]),
+    help="Format of DISK.  [default: qcow2 if its name ends so, else raw]",
+)  # fmt: skip
+
+
+def listening(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of [server] and [tls]."""
+    pem: dict[str, Any] = {"type": click.Path(), "metavar": "PEM"}
+    options = [
+        click.option(
+            "--listen", multiple=True, metavar="URI", default=[DEFAULT_LISTEN], show_default=True,
+            help="NBD URI to listen on; may be repeated.",
+        ),
+        click.option("--tls-certificate", help="For listeners with nbds://.", **pem),
+        click.option("--tls-key", help="Its key, unless in one file.", **pem),
+        click.option(
+            "--tls-client-ca",
+            help="Clients must have a certificate that this authority signed.", **pem,
+        ),
+        click.option(
+            "--tls-psk", type=click.Path(), metavar="FILE", help="Users and their shared keys."
+        ),
+        click.option("--control", type=click.Path(), help="Path of the QMP socket."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("disk", type=click.Path())
 @click.option(
     "--name", help="Export that the primary writes.  [default: DISK's name, without suffix]"
 )
 @click.option("--top-id", help="Export of the standby's view.  [default: NAME-top]")
-@click.option(
-    "--format", "image_format", type=click.Choice(["raw", "qcow2"]),
-    help="Format of DISK.  [default: qcow2 if its name ends so, else raw]",
-)  # fmt: skip
+@image_format
 @click.option("--hidden", help="Hidden overlay, made when missing.  [default: DISK.hidden.qcow2]")
 @click.option("--active", help="Active overlay, made when missing.  [default: DISK.active.qcow2]")
 @click.option(
     "--durability", type=click.Choice(["process", "power"]), default="process", show_default=True,
     help="power: the view survives a power failure, too.",
 )  # fmt: skip
-@click.option(
-    "--listen", multiple=True, metavar="URI", default=[DEFAULT_LISTEN], show_default=True,
-    help="NBD URI to listen on; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--tls-certificate", type=click.Path(), metavar="PEM", help="For listeners with nbds://."
-)
-@click.option("--tls-key", type=click.Path(), metavar="PEM", help="Its key, unless in one file.")
-@click.option(
-    "--tls-client-ca", type=click.Path(), metavar="PEM",
-    help="Clients must have a certificate that this authority signed.",
-)  # fmt: skip
-@click.option("--tls-psk", type=click.Path(), metavar="FILE", help="Users and their shared keys.")
-@click.option("--control", type=click.Path(), help="Path of the QMP socket.")
+@listening
 @click.option("--start", is_flag=True, help="Start replication at once.")
 @log_level
 def secondary(
@@ -82,14 +97,9 @@ def secondary(
     hidden: str | None,
     active: str | None,
     durability: Literal["process", "power"],
-    listen: tuple[str, ...],
-    tls_certificate: str | None,
-    tls_key: str | None,
-    tls_client_ca: str | None,
-    tls_psk: str | None,
-    control: str | None,
     start: bool,
     log_level: str,
+    **listening: Any,  # noqa: ANN401
 ) -> None:
     """Run the daemon for one secondary disk.
 
@@ -106,6 +116,22 @@ def secondary(
         active=active,
         durability=durability,
     )
+    _run(table, log_level, start=start, **listening)
+
+
+def _run(
+    table: DiskConfig,
+    log_level: str,
+    *,
+    start: bool,
+    listen: tuple[str, ...],
+    tls_certificate: str | None,
+    tls_key: str | None,
+    tls_client_ca: str | None,
+    tls_psk: str | None,
+    control: str | None,
+) -> None:
+    """The daemon for one disk, with the options of `listening`."""
     server = ServerConfig(listen=list(listen), control=control or default_control())
     files = (tls_certificate, tls_key, tls_client_ca, tls_psk)
     tls = TlsConfig(**dict(zip(TlsConfig.__struct_fields__, files, strict=True)))
@@ -116,4 +142,42 @@ def secondary(
     run(config, start=start)
 
 
-COMMANDS = (serve, secondary)
+@click.command()
+@click.argument("disk", type=click.Path())
+@click.option("--to", metavar="URI", required=True, help="The standby's disk: nbd://HOST/NAME.")
+@click.option("--name", help="Export that its users write.  [default: DISK's name, without suffix]")
+@image_format
+@click.option("--sync", is_flag=True, help="A write is done when the standby has it.")
+@click.option("--history", help="What the standby lacks is kept there.  [default: DISK.history]")
+@listening
+@click.option("--no-start", is_flag=True, help="Send nothing until 'replnbd start'.")
+@log_level
+def primary(
+    disk: str,
+    to: str,
+    name: str | None,
+    image_format: str | None,
+    sync: bool,
+    history: str | None,
+    no_start: bool,
+    log_level: str,
+    **listening: Any,  # noqa: ANN401
+) -> None:
+    """Run the daemon for one primary disk.
+
+    What is written to it is sent to the standby, which gets everything that it lacks first. All is
+    said by options; relative paths are from the working directory.
+    """
+    table = DiskConfig(
+        name=name or Path(disk).name.partition(".")[0],
+        mode="primary",
+        disk=disk,
+        to=to,
+        format=image_format,  # type: ignore[arg-type]
+        sync=sync,
+        history=history,
+    )
+    _run(table, log_level, start=not no_start, **listening)
+
+
+COMMANDS = (serve, primary, secondary)

@@ -55,6 +55,17 @@ class Backend(Protocol):
     def status(self) -> JsonObject:
         """`x-replnbd-status`: the answer, as it is."""
 
+    async def replicate(self, to: str, device: str | None) -> None:
+        """`x-replnbd-replicate`: disk `device` (None: the only one), which has taken over, is sent
+        to the standby at the NBD URI `to` from now on. ConfigError, StateError."""
+
+    async def demote(self) -> None:
+        """`x-replnbd-demote`: a primary's disks become a standby's. StateError if they are."""
+
+    async def verify(self) -> None:
+        """`x-replnbd-verify`: begin to compare all disks with their standbys. StateError if there
+        is no way to one, or it cannot be asked."""
+
     # Section: jobs
 
     def jobs(self) -> list[JsonObject]:

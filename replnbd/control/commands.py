@@ -132,6 +132,28 @@ async def x_replnbd_reset(backend: Backend, arguments: Arguments) -> JsonObject:
     return {}
 
 
+@_command("x-replnbd-replicate", Argument("to", str), Argument("device", str, optional=True))
+async def x_replnbd_replicate(backend: Backend, arguments: Arguments) -> JsonObject:
+    """After a failover: send the disk, and what is written to it, to a standby at the NBD URI `to`,
+    for good. `device`: which disk, if there are several."""
+    await backend.replicate(arguments["to"], arguments.get("device"))
+    return {}
+
+
+@_command("x-replnbd-demote")
+async def x_replnbd_demote(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Make a primary's disks those of a standby, for good: for the peer that has taken over."""
+    await backend.demote()
+    return {}
+
+
+@_command("x-replnbd-verify")
+async def x_replnbd_verify(backend: Backend, arguments: Arguments) -> JsonObject:
+    """Compare all disks with their standbys, by digests, in a job verify-NAME each."""
+    await backend.verify()
+    return {}
+
+
 @_command("x-replnbd-status")
 async def x_replnbd_status(backend: Backend, arguments: Arguments) -> JsonObject:
     """All that is known of every disk."""

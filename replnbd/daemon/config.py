@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from replnbd.block.nbd_uri import parse_nbd_uri
 from replnbd.errors import ConfigError
 from replnbd.server import WRITE_TIMEOUT_S
 
@@ -33,7 +34,9 @@ def default_control() -> str:
 
 _NAME_MAX = 4096  # NBD's bound on an export name (proto.md, "Values"); QEMU's, too
 IMAGES = ("secondary", "hidden", "active")
-"""The keys of a disk's files."""
+"""The keys of a standby's images."""
+PATHS = {"primary": ("disk", "history"), "secondary": (*IMAGES, "history")}
+"""The keys of a disk's files, by its mode."""
 
 
 class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -79,17 +82,23 @@ class DiskConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_
     top_allow: list[str] | None = None
     max_connections: int | None = None
     top_max_connections: int | None = None
+    history: str | None = None
     disk: str | None = None
     to: str | None = None
     sync: bool | None = None
 
     @property
-    def secondary_format(self) -> str:
+    def image(self) -> str:
+        """The disk itself."""
+        return str(self.disk if self.mode == "primary" else self.secondary)
+
+    @property
+    def image_format(self) -> str:
         """ "raw" or "qcow2", by `format` or the file's name; never by its content, because a
         guest can write a qcow2 header into its raw disk (CVE-2008-2004)."""
         if self.format is not None:
             return self.format
-        return "qcow2" if str(self.secondary).endswith(".qcow2") else "raw"
+        return "qcow2" if self.image.endswith(".qcow2") else "raw"
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -98,6 +107,11 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     tls: TlsConfig | None = None
     disk: list[DiskConfig] = msgspec.field(default_factory=list)
+
+    @property
+    def mode(self) -> str:
+        """Of all disks: "primary" or "secondary"."""
+        return str(self.disk[0].mode)
 
 
 def load_config(path: str | Path) -> Config:
@@ -163,11 +177,17 @@ def check_config(config: Config, directory: Path) -> Config:
                 raise ConfigError(f"{where} key '{key}': '{name}' is also {taken[name]}")
             if name is not None:
                 taken[name] = f"the {key} of [[disk]] {number}"
-        for key in IMAGES:
+        for key in PATHS[str(disk.mode)]:
+            if getattr(disk, key) is None:
+                continue
             file = os.path.normpath(getattr(disk, key))
             if file in files:
                 raise ConfigError(f"{where} key '{key}': {file} is also {files[file]}")
             files[file] = f"the {key} of [[disk]] {number}"
+    if len({disk.mode for disk in config.disk}) > 1:
+        raise ConfigError(
+            "[[disk]] key 'mode': all disks of a configuration are one group, and so of one mode"
+        )
     if server.default_export is not None and server.default_export not in taken:
         raise ConfigError(
             f"[server] key 'default-export': there is no export '{server.default_export}'"
@@ -220,9 +240,8 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
             f"key 'mode': The option mode's value should be primary or secondary, not '{disk.mode}'"
         )
     if disk.mode == "primary":
-        if disk.top_id is not None:
-            raise ConfigError("key 'top-id': The primary side does not support option top-id")
-        raise ConfigError("key 'mode': mode = \"primary\" is not available yet")
+        _check_primary(disk, directory)
+        return
     if not disk.top_id:
         raise ConfigError("key 'top-id': Missing the option top-id")
     _check_export_name("name", disk.name)
@@ -234,11 +253,40 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
         raise ConfigError("key 'secondary' is missing: the file of the secondary disk")
     disk.hidden = disk.hidden or f"{disk.secondary}.hidden.qcow2"
     disk.active = disk.active or f"{disk.secondary}.active.qcow2"
-    disk.format = disk.secondary_format  # type: ignore[assignment]
+    disk.format = disk.image_format  # type: ignore[assignment]
     _check_count("key 'max-connections'", disk.max_connections)
     _check_count("key 'top-max-connections'", disk.top_max_connections)
-    for key in IMAGES:
+    _make_absolute(disk, directory)
+
+
+def _check_primary(disk: DiskConfig, directory: Path) -> None:
+    if disk.top_id is not None:
+        raise ConfigError("key 'top-id': The primary side does not support option top-id")
+    _check_export_name("name", disk.name)
+    for key in ("secondary", "hidden", "active", "top_allow", "top_max_connections"):
+        if getattr(disk, key) is not None:
+            name = key.replace("_", "-")
+            raise ConfigError(f"key '{name}' belongs to mode = \"secondary\"")
+    if not disk.disk:
+        raise ConfigError("key 'disk' is missing: the file of the local disk")
+    if disk.to is not None:
+        disk.to = _absolute_socket(disk.to, directory)
+        try:
+            target = parse_nbd_uri(disk.to)
+        except ConfigError as exc:
+            raise ConfigError(f"key 'to': {exc}") from None
+        if not target.export:
+            raise ConfigError(f"key 'to': {disk.to} names no export: that of the standby's disk")
+    disk.format = disk.image_format  # type: ignore[assignment]
+    _check_count("key 'max-connections'", disk.max_connections)
+    _make_absolute(disk, directory)
+
+
+def _make_absolute(disk: DiskConfig, directory: Path) -> None:
+    for key in PATHS[str(disk.mode)]:
         path = getattr(disk, key)
+        if path is None:
+            continue
         if "\0" in path:
             raise ConfigError(f"key '{key}': a path cannot have a NUL")
         setattr(disk, key, str(directory / path))

@@ -5,42 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine
-from functools import partial
 from typing import Any
 
-from replnbd.block import BlockNode
 from replnbd.control import ControlServer
 from replnbd.daemon.activation import PassedSockets
-from replnbd.daemon.config import Config, DiskConfig, TlsConfig
-from replnbd.daemon.describe import describe_node, disk_nodes, disk_status
-from replnbd.daemon.images import open_disk
-from replnbd.daemon.recovery import (
-    Past,
-    check_size,
-    open_past,
-    set_aside_lost,
-    stamp_files,
-    sync_names,
-)
-from replnbd.errors import ConfigError, ControlError, StateError
+from replnbd.daemon.config import Config, TlsConfig
+from replnbd.daemon.demotion import begins_as_standby, demoted
+from replnbd.daemon.describe import describe_node
+from replnbd.daemon.primary_side import PrimarySide
+from replnbd.daemon.side import Services, Side
+from replnbd.daemon.standby_side import StandbySide
+from replnbd.errors import ControlError, StateError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
-from replnbd.replication import (
-    FailoverTarget,
-    Group,
-    Stage,
-    StandbyDisk,
-    primary_changes,
-    standby_changes,
-)
-from replnbd.server import Export, NbdServer, Tls, TlsFiles, parse_listen_uri
+from replnbd.replication import FailoverTarget, Group, PrimaryGroup, Stage
+from replnbd.server import NbdServer, Tls, TlsFiles, parse_listen_uri
 from replnbd.version import __version__
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT_BITMAP = "checkpoint"
-"""Clients ask for it as the metadata context qemu:dirty-bitmap:checkpoint."""
 
 CLOSE_TIMEOUT_S = 3.0
 """How long clients get to take their last replies; what is then left of 5 s flushes the disks."""
@@ -69,13 +51,12 @@ class Daemon:
             idle_timeout_s=config.server.idle_timeout,
             write_timeout_s=config.server.write_timeout,
         )
-        self.group = Group(())
-        self._past: Past | None = None
+        self._services = Services(self.server, self.events, self.jobs_registry)
+        self.side: Side = StandbySide(config.disk, self._services)
+        """What of replication this daemon is; once it is open, see `demote`."""
         self.quit_requested = asyncio.Event()
         """Set by `quit`: whoever runs the daemon then closes it."""
         self._control: ControlServer | None = None
-        self._opened = False
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self, *, start: bool = False) -> None:
         """Open the disks and go on where the last process was; then listen; then `start`
@@ -83,15 +64,8 @@ class Daemon:
         wrong, and then nothing is open and no file has changed."""
         created: list[str] = []
         try:
-            self._past = await open_past(self.config.disk)
-            self.group = Group((), self._past.journal)  # which closes the journal, come what may
-            await sync_names(self._past, self.config.disk)
-            await set_aside_lost(self._past, self.config.disk)
-            try:
-                await self._past.begin()
-            except OSError as exc:
-                raise ConfigError(f"cannot write {self._past.path}: {exc.strerror}") from exc
-            await self._open_disks(self._past, created)
+            self.side = await self._new_side()
+            await self.side.open(created)
             await self._listen()
             if start and any(disk.stage is not Stage.RUNNING for disk in self.group.disks):
                 await self.group.start()
@@ -104,6 +78,18 @@ class Daemon:
             raise
 
     @property
+    def group(self) -> Group | PrimaryGroup:
+        """What commands act on."""
+        return self.side.group
+
+    @property
+    def standby_group(self) -> Group:
+        """The same, of a daemon whose disks are in mode secondary."""
+        group = self.side.group
+        assert isinstance(group, Group)
+        return group
+
+    @property
     def control_path(self) -> str | None:
         """Where QMP is spoken."""
         return None if self._control is None else self._control.path
@@ -114,10 +100,8 @@ class Daemon:
         if self._control is not None:
             self._control.refuse_changes("replnbd is shutting down")
         await self.server.close(timeout_s=CLOSE_TIMEOUT_S)
-        for task in tuple(self._tasks):
-            await asyncio.wait([task])
         try:
-            await self._close_disks()
+            await self.side.close()
         finally:
             if self._control is not None:
                 await self._control.close()
@@ -141,7 +125,7 @@ class Daemon:
         elif failover:
             await self.group.failover(None if target is None else FailoverTarget(target))
             # When the answer is given, no stale primary is connected any more.
-            await self._settle()
+            await self.side.settle()
         else:
             await self.group.stop()
 
@@ -162,11 +146,29 @@ class Daemon:
         return {
             "version": __version__,
             "listen": list(self.server.uris),
-            "generation": self.group.generation,
-            "recovered-from": self._past.end if self._past is not None else None,
-            "suspended": self.group.keeper.suspended,
-            "disks": [disk_status(disk, self.server.exports) for disk in self.group.disks],
+            "role": self.group.mode,
+            **self.side.status(),
         }
+
+    async def replicate(self, to: str, device: str | None) -> None:
+        """`x-replnbd-replicate`; see `control.Backend`."""
+        await self.side.replicate(to, device)
+
+    async def verify(self) -> None:
+        """`x-replnbd-verify`; see `control.Backend`."""
+        self.side.verify()
+
+    async def demote(self) -> None:
+        """`x-replnbd-demote`; see `control.Backend`."""
+        side = self.side
+        if not isinstance(side, PrimarySide):
+            raise StateError("this is a standby already")
+        await side.demote()
+        for name in tuple(self.server.exports):
+            await self.server.remove_export(name, "hard")
+        await side.close()
+        self.side = await self._new_side()
+        await self.side.open([])
 
     # Section: jobs (Backend)
 
@@ -198,7 +200,7 @@ class Daemon:
 
     def block_nodes(self) -> list[dict[str, Any]]:
         """`query-named-block-nodes`; see `control.Backend`."""
-        return [describe_node(node) for disk in self.group.disks for node in disk_nodes(disk)]
+        return [describe_node(node) for node in self.side.nodes()]
 
     def block_exports(self) -> list[dict[str, Any]]:
         """`query-block-exports`; see `control.Backend`."""
@@ -210,6 +212,7 @@ class Daemon:
                 "shutting-down": export.refusal is not None,
             }
             for export in self.server.exports.values()
+            if export.listed
         ]
 
     async def nbd_server_add(
@@ -217,18 +220,12 @@ class Daemon:
     ) -> None:
         """`nbd-server-add`; see `control.Backend`."""
         self._require_listening()
-        # The images below the gates belong to their disk: written from outside they would break
-        # the view, and read from outside they would not be coherent.
-        nodes = {n.name: n for disk in self.group.disks for n in (disk.primary, disk.standby)}
-        node = nodes.get(device)
-        if node is None:
+        export = self.side.new_export(name, device, description or "", writable=writable)
+        if export is None:
             raise ControlError(f"Cannot find device='{device}' nor node-name='{device}'")
         if name in self.server.exports:
             raise ControlError(f"Block export id '{name}' is already in use")
-        self.server.add_export(self._new_export(name, node, description or "", writable=writable))
-        for disk in self.group.disks:
-            if disk.promoted and node is disk.primary:
-                await self.server.fence(name, disk.fence_reason)
+        self.server.add_export(export)
 
     async def nbd_server_remove(self, name: str, mode: str) -> None:
         """`nbd-server-remove`; see `control.Backend`."""
@@ -265,126 +262,15 @@ class Daemon:
         for uri in self.config.server.listen:
             await self.server.listen(uri, socket_mode=self.config.server.socket_mode_bits)
 
-    async def _open_disks(self, past: Past, created: list[str]) -> None:
-        disks: list[StandbyDisk] = []
-        try:
-            for config in self.config.disk:
-                disk = await open_disk(
-                    config,
-                    self.events,
-                    self.jobs_registry,
-                    created,
-                    past.end,
-                )
-                disks.append(disk)
-                check_size(past, config, disk.secondary.size)
-        finally:
-            self.group = Group(disks, past.journal, boot=past.boot, make_journal=past.make_journal)
-        for config, disk in zip(self.config.disk, disks, strict=True):
-            self._export_disk(config, disk)
-        try:
-            await self.group.open(past.record)
-        except OSError as exc:
-            raise StateError(f"cannot go on where the last process was: {exc.strerror}") from exc
-        await self._settle()
-        self._opened = True
-        if past.record is not None:
-            stages = ", ".join(f"'{disk.name}' {disk.stage.value}" for disk in disks)
-            log.info("recovered from %s: %s", past.end, stages)
-
-    async def _close_disks(self) -> None:
-        """With what the next process needs to know that all is in order."""
-        try:
-            in_order = False
-            try:
-                await self.group.close()
-                in_order = True
-            finally:
-                await self._record_end(in_order=in_order)
-        finally:
-            await self.group.keeper.close()
-
-    async def _record_end(self, *, in_order: bool) -> None:
-        try:
-            if self._opened:
-                await self.group.keeper.end(
-                    await stamp_files(self.config.disk) if in_order else None
-                )
-            elif in_order and self._past is not None:
-                await self._past.give_up(self.config.disk)
-        except OSError as exc:
-            # The next process then looks at it as if this one had died.
-            log.warning("cannot record the orderly end: %s", exc.strerror)
-
-    def _export_disk(self, config: DiskConfig, disk: StandbyDisk) -> None:
-        disk.on_fence = self._fence
-        disk.on_unfence = self._unfence
-        for name, node, description, most in (
-            (
-                disk.name,
-                disk.primary,
-                f"secondary disk of {disk.name}: the primary writes here",
-                config.max_connections,
-            ),
-            (
-                disk.top_id,
-                disk.standby,
-                f"the standby's view of {disk.name}",
-                config.top_max_connections,
-            ),
-        ):
-            self.server.add_export(self._new_export(name, node, description, connections_max=most))
-
-    def _new_export(
-        self,
-        name: str,
-        node: BlockNode,
-        description: str,
-        *,
-        writable: bool = True,
-        connections_max: int | None = None,
-    ) -> Export:
-        """An export of a gate, whatever it is called: with the bitmap and the allow-list of it."""
-        for disk, config in zip(self.group.disks, self.config.disk, strict=True):
-            if node is disk.primary:
-                changes, allow = partial(primary_changes, disk), config.allow
-            elif node is disk.standby:
-                changes, allow = partial(standby_changes, disk), config.top_allow
-            else:
-                continue
-            return Export(
-                name,
-                node,
-                description,
-                writable,
-                bitmaps={CHECKPOINT_BITMAP: changes},
-                with_digests=node is disk.primary,
-                allow=allow,
-                connections_max=connections_max,
-            )
-        raise AssertionError(f"{node.name} is not a node to export")
-
-    def _fence(self, disk: StandbyDisk) -> None:
-        # Called while the disk is drained; closing the connections waits for their requests,
-        # which wait for the drain: so it goes on beside, and `_settle` waits for it.
-        for name in self._exports_of(disk.primary):
-            self._spawn(self.server.fence(name, disk.fence_reason))
-
-    def _unfence(self, disk: StandbyDisk) -> None:
-        for name in self._exports_of(disk.primary):
-            self.server.unfence(name)
-
-    def _exports_of(self, node: BlockNode) -> list[str]:
-        return [name for name, export in self.server.exports.items() if export.node is node]
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _settle(self) -> None:
-        for task in tuple(self._tasks):
-            await task
+    async def _new_side(self) -> Side:
+        """A disk that has been demoted stays a standby's, whatever the configuration says."""
+        disks = self.config.disk
+        if self.config.mode == "secondary":
+            return StandbySide(disks, self._services)
+        if await begins_as_standby(disks):
+            log.warning("the disks were demoted: they are a standby's, until they take over")
+            return StandbySide([demoted(disk) for disk in disks], self._services)
+        return PrimarySide(disks, self._services)
 
     def _require_listening(self) -> None:
         if not self.server.uris:

@@ -8,11 +8,11 @@ from typing import Any
 
 from replnbd.block import BlockNode, FileNode
 from replnbd.qcow2 import Qcow2Node
-from replnbd.replication import StandbyDisk
+from replnbd.replication import History, PrimaryDisk, StandbyDisk
 from replnbd.server import Export
 
 
-def disk_status(disk: StandbyDisk, exports: Mapping[str, Export]) -> dict[str, Any]:
+def standby_status(disk: StandbyDisk, exports: Mapping[str, Export]) -> dict[str, Any]:
     """One member of "disks" in the answer to `x-replnbd-status`; sizes in bytes, time in
     seconds since the epoch."""
     job = disk.job
@@ -40,10 +40,52 @@ def disk_status(disk: StandbyDisk, exports: Mapping[str, Export]) -> dict[str, A
         "primary-errors": _errors(disk.primary, exports),
         "standby-errors": _errors(disk.standby, exports),
         "job": job.describe() if job is not None else None,
+        "syncing": disk.peer.syncing,
+        "refused": disk.peer.refused,
+        "history": _history(disk.peer.history),
+        "link": disk.peer.link.describe() if disk.peer.link is not None else None,
     }
 
 
-def disk_nodes(disk: StandbyDisk) -> list[BlockNode]:
+def primary_status(disk: PrimaryDisk, exports: Mapping[str, Export]) -> dict[str, Any]:
+    """The same of a disk in mode primary."""
+    job = disk.job
+    return {
+        "name": disk.name,
+        "mode": disk.mode,
+        "stage": disk.stage.value,
+        "error": disk.error,
+        "size": disk.disk.size,
+        "sync": disk.link.forwarder.sync,
+        "connections": _connections(disk.node, exports),
+        "connections-max": _connections_max(disk.node, exports),
+        "errors": _errors(disk.node, exports),
+        "bytes-written": disk.node.bytes_written,
+        "job": job.describe() if job is not None else None,
+        "history": _history(disk.history),
+        "link": disk.link.describe(),
+    }
+
+
+def primary_nodes(disk: PrimaryDisk) -> list[BlockNode]:
+    """The nodes of a disk: what the export holds, and the image."""
+    return [disk.node, disk.disk]
+
+
+def _history(history: History | None) -> dict[str, Any] | None:
+    """Whose data a disk has."""
+    if history is None:
+        return None
+    record = history.record
+    return {
+        "role": record.role.value,
+        "generation": None if record.lineage is None else record.lineage.generation,
+        "in-step-at": record.common,
+        "pair": record.pair,
+    }
+
+
+def standby_nodes(disk: StandbyDisk) -> list[BlockNode]:
     """The nodes of a disk: what the two exports hold, then the three images."""
     return [disk.primary, disk.standby, disk.secondary, disk.hidden, disk.active]
 

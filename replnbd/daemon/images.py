@@ -6,15 +6,17 @@ import logging
 import os
 import secrets
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 from replnbd.block import BlockNode, FileNode
 from replnbd.daemon.config import DiskConfig
+from replnbd.daemon.histories import make_history, open_history
 from replnbd.errors import ConfigError, ImageUnsupportedError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
 from replnbd.qcow2 import LastEnd, Qcow2Node, create_image, open_qcow2
-from replnbd.replication import Durability, Layer, StandbyDisk
+from replnbd.replication import Durability, Layer, Role, StandbyDisk
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,12 @@ async def open_image(
         raise
 
 
+def check_sectors(path: str, size: int) -> None:
+    """ConfigError for a disk that is none in QEMU's eyes."""
+    if size == 0 or size % SECTOR:
+        raise ConfigError(f"{path}: its size, {size} bytes, is not a positive multiple of {SECTOR}")
+
+
 async def open_disk(
     config: DiskConfig,
     bus: EventBus,
@@ -87,18 +95,17 @@ async def open_disk(
             last_end=last_end,
         )
         undo.push_async_callback(secondary.close)
-        if secondary.size == 0 or secondary.size % SECTOR:
-            raise ConfigError(
-                f"{config.secondary}: its size, {secondary.size} bytes, is not a positive multiple"
-                f" of {SECTOR}"
-            )
+        check_sectors(config.secondary, secondary.size)
         hidden = await _open_overlay(
-            config, "hidden", secondary, config.secondary, config.secondary_format,
+            config, "hidden", secondary, config.secondary, config.image_format,
             undo, created, last_end,
         )  # fmt: skip
         active = await _open_overlay(
             config, "active", hidden, config.hidden, "qcow2", undo, created, last_end,
         )  # fmt: skip
+        history = await open_history(config, secondary.size)
+        if history is not None:
+            undo.push_async_callback(history.abandon)
         disk = StandbyDisk(
             config.name,
             config.top_id,
@@ -110,6 +117,8 @@ async def open_disk(
                 Layer.HIDDEN: hidden.header.identity,
                 Layer.ACTIVE: active.header.identity,
             },
+            history=history,
+            make_history=partial(make_history, config, secondary.size, Role.STANDBY),
             bus=bus,
             jobs=jobs,
         )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from replnbd.block import BlockNode
 from replnbd.daemon.config import Config, DiskConfig, ServerConfig, check_config
 from replnbd.daemon.daemon import Daemon
-from replnbd.errors import StateError
+from replnbd.errors import ConfigError, StateError
 from replnbd.events import EventBus
 
 
@@ -46,6 +46,8 @@ class Standby:
             listen=list(listen), control=None if control is None else os.fspath(control)
         )
         config = check_config(Config(server=server, disk=list(disks)), Path.cwd())
+        if config.mode != "secondary":
+            raise ConfigError('a Standby has disks of mode = "secondary"')
         self._daemon = Daemon(config)
 
     async def __aenter__(self) -> Standby:
@@ -94,7 +96,7 @@ class Standby:
         """
         await self._daemon.set_replication(enable=False, primary=False, failover=True, target=to)
         if wait:
-            await self._daemon.group.wait_committed()
+            await self._daemon.standby_group.wait_committed()
 
     async def reset(self, *, force: bool = False) -> None:
         """Back to stage *none*; StateError if that would lose data, unless `force`."""
@@ -109,7 +111,7 @@ class Standby:
 
         Its user validates offsets and lengths (see `replnbd.block`). StateError for no such disk.
         """
-        for disk in self._daemon.group.disks:
+        for disk in self._daemon.standby_group.disks:
             if disk.name == name:
                 return disk.primary if side == "primary" else disk.standby
         raise StateError(f"no disk '{name}'")

@@ -2,6 +2,7 @@
 
     BackupJob   copy-before-write, from a start to a stop or failover
     CommitJob   moves what the overlays hold down into the secondary disk, after a failover
+    MirrorJob   copies what a disk's standby lacks
 
 A job is an asyncio task with QEMU's life (qapi/job.json; see job.py). Every change of status is an
 event. A job belongs to who made it: that one waits for its end, and is told of it even when a user
@@ -11,6 +12,7 @@ cancelled it. `JobRegistry` is where QMP finds them.
 from replnbd.jobs.backup import BackupJob
 from replnbd.jobs.commit import CommitJob
 from replnbd.jobs.job import Job, JobStatus
+from replnbd.jobs.mirror import MirrorJob
 from replnbd.jobs.registry import JobRegistry
 
-__all__ = ["BackupJob", "CommitJob", "Job", "JobRegistry", "JobStatus"]
+__all__ = ["BackupJob", "CommitJob", "Job", "JobRegistry", "JobStatus", "MirrorJob"]

@@ -188,6 +188,11 @@ class Job(ABC):
         self._require("dismiss")
         self._set_status(JobStatus.NULL)
 
+    def give_up(self) -> None:
+        """End at the next pause point, because of what the job's owner knows; `wait` for it."""
+        self.cancelled = True
+        self._wake.set()
+
     def describe(self) -> dict[str, Any]:
         """A member of the answer to `query-jobs`."""
         description: dict[str, Any] = {

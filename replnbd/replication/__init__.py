@@ -19,9 +19,16 @@ plus the standby's own writes since.
     keeper.py  writes it
 """
 
-from replnbd.replication.changes import primary_changes, standby_changes
+from replnbd.replication.changes import (
+    CHECKPOINT_BITMAP,
+    primary_changes,
+    standby_changes,
+    unproven_changes,
+    unproven_runs,
+)
 from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.group import Group
+from replnbd.replication.history import History, Role
 from replnbd.replication.journal import (
     DiskRecord,
     Durability,
@@ -32,9 +39,14 @@ from replnbd.replication.journal import (
     Record,
 )
 from replnbd.replication.nodes import GateNode
+from replnbd.replication.peer import RESYNC_BITMAP, PeerNode, peer_export
+from replnbd.replication.primary import PrimaryDisk
+from replnbd.replication.primary_group import PrimaryGroup
 from replnbd.replication.stage import Command, Stage
 
 __all__ = [
+    "CHECKPOINT_BITMAP",
+    "RESYNC_BITMAP",
     "Command",
     "DiskRecord",
     "Durability",
@@ -42,11 +54,19 @@ __all__ = [
     "FileStamp",
     "GateNode",
     "Group",
+    "History",
     "Journal",
     "Layer",
+    "PeerNode",
+    "PrimaryDisk",
+    "PrimaryGroup",
     "Record",
+    "Role",
     "Stage",
     "StandbyDisk",
+    "peer_export",
     "primary_changes",
     "standby_changes",
+    "unproven_changes",
+    "unproven_runs",
 ]

@@ -11,10 +11,15 @@ import asyncio
 
 from replnbd.block import STATUS_EXTENTS_MAX, OverlayNode
 from replnbd.replication.disk import StandbyDisk
+from replnbd.replication.history import History
 from replnbd.replication.stage import Stage
+from replnbd.replication.standby_peer import StandbyPeer
 
 Runs = list[tuple[int, bool]]
 """(length, changed), from an offset on. They may fall short of what was asked."""
+
+CHECKPOINT_BITMAP = "checkpoint"
+"""Clients ask for it as the metadata context qemu:dirty-bitmap:checkpoint."""
 
 _BYTES_MAX = 1 << 30
 """Looked at for one answer: some 16,000 clusters of an overlay."""
@@ -33,6 +38,18 @@ async def standby_changes(disk: StandbyDisk, offset: int, length: int) -> Runs:
     if not overlaid or disk.lost is not None:
         return [(length, True)]
     return await _allocated_runs(disk.active, offset, length)
+
+
+async def unproven_changes(peer: StandbyPeer, offset: int, length: int) -> Runs:
+    """Of a disk: what its peer may lack, or have otherwise."""
+    if peer.history is None or peer.history.record.pair is None:
+        return [(length, True)]
+    return await unproven_runs(peer.history, offset, length)
+
+
+async def unproven_runs(history: History, offset: int, length: int) -> Runs:
+    """The same of a history."""
+    return history.map.runs(offset, length, STATUS_EXTENTS_MAX)
 
 
 async def _allocated_runs(overlay: OverlayNode, offset: int, length: int) -> Runs:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from replnbd.block import BlockNode, OverlayNode, RangeLock
@@ -31,10 +31,12 @@ from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.filters import CopyBeforeWrite
 from replnbd.jobs import BackupJob, CommitJob, Job, JobRegistry
+from replnbd.replication.history import History
 from replnbd.replication.journal import DiskRecord, Durability, FailoverTarget, Layer
 from replnbd.replication.nodes import GateNode, NotStartedNode, RefusingNode, SplitWriteNode
 from replnbd.replication.stage import IO_ERROR, NOT_RUNNING, Command, Stage
 from replnbd.replication.stage import next_stage as next_stage_of
+from replnbd.replication.standby_peer import StandbyPeer
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ class StandbyDisk:
         active: OverlayNode,
         durability: Durability = Durability.PROCESS,
         identities: dict[Layer, str] | None = None,
+        history: History | None = None,
+        make_history: Callable[[], Awaitable[History]] | None = None,
         bus: EventBus,
         jobs: JobRegistry,
     ) -> None:
@@ -68,6 +72,8 @@ class StandbyDisk:
         self.secondary = secondary
         self.hidden = hidden
         self.active = active
+        self.overlays: tuple[OverlayNode, OverlayNode] = (active, hidden)
+        """From the top down."""
         self.durability = durability
         """POWER if both overlays are `power_safe`."""
         self.identities = identities
@@ -96,6 +102,7 @@ class StandbyDisk:
         self._is_copied: Callable[[int, int], bool] = lambda _offset, _length: False
         # What touches the same cluster of an overlay cannot be told apart.
         self._ranges = RangeLock(max(hidden.granularity, active.granularity))
+        self.peer = StandbyPeer(self, self._ranges, history, make_history, bus=bus, jobs=jobs)
         self._not_started = NotStartedNode(top_id, active.size)
         self.primary = GateNode(name, secondary.size, secondary, self._ranges)
         self.standby = GateNode(top_id, active.size, self._not_started, self._ranges)
@@ -114,7 +121,7 @@ class StandbyDisk:
     @property
     def job(self) -> Job | None:
         """The job of the present stage."""
-        return self._commit or self._backup
+        return self._commit or self._backup or self.peer.job
 
     async def check_start(self) -> None:
         """The seed's checks of the graph, with its texts; StateError."""
@@ -178,6 +185,8 @@ class StandbyDisk:
             self.on_fence(self)
         if self.stage is Stage.RUNNING:
             self._start_backup()
+        elif self.stage is Stage.DONE:
+            self.peer.resume()
         elif self.stage is Stage.FAILOVER:
             if self.lost is None:
                 self._make_commit().start()
@@ -249,6 +258,14 @@ class StandbyDisk:
         self._set_stage(Stage.NONE)
         self.on_unfence(self)
 
+    async def replicate(self, to: str) -> None:
+        """Send what is written to the promoted disk to the standby at `to`; StateError."""
+        if not self.promoted or self.stage is not Stage.DONE:
+            raise StateError(f"'{self.name}' ({self.stage.value}) is no disk that has taken over")
+        async with self.drained():
+            await self.peer.replicate(to)
+            self._set_targets()
+
     def suspend(self, reason: str | None) -> None:
         """Serve nobody, because of `reason`; None: serve again."""
         self.suspended = reason
@@ -281,19 +298,16 @@ class StandbyDisk:
         if self.stage is Stage.NONE:
             return self._not_started
         if self.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED):
-            return SplitWriteNode(self.top_id, self._overlays, self.secondary, self._is_copied)
+            split = SplitWriteNode(self.top_id, self.overlays, self.secondary, self._is_copied)
+            return self.peer.over(split)
         if self.promoted:
-            return self.secondary
+            return self.peer.over(self.secondary)
         return self.active
 
     def _refusal(self, name: str, code: int, reason: str) -> RefusingNode:
         return RefusingNode(name, self.secondary.size, code, reason)
 
     # Section: jobs
-
-    @property
-    def _overlays(self) -> tuple[OverlayNode, OverlayNode]:
-        return self.active, self.hidden
 
     def _start_backup(self) -> None:
         self._copy = CopyBeforeWrite(f"backup-{self.name}", self.secondary, self.hidden)
@@ -309,7 +323,7 @@ class StandbyDisk:
 
     def _make_commit(self) -> CommitJob:
         self._commit = CommitJob(
-            f"commit-{self.name}", self._bus, self._overlays, self.secondary, self._ranges,
+            f"commit-{self.name}", self._bus, self.overlays, self.secondary, self._ranges,
             self._commit_ended,
         )  # fmt: skip
         self._jobs.add(self._commit)
@@ -319,7 +333,7 @@ class StandbyDisk:
 
     async def holds_data(self) -> bool:
         """Whether an overlay has anything allocated, be it zeroes: what no disk has."""
-        for overlay in self._overlays:
+        for overlay in self.overlays:
             position = 0
             while position < overlay.size:
                 allocated, count = await overlay.allocated(position, overlay.size - position)
@@ -330,6 +344,7 @@ class StandbyDisk:
 
     async def end_jobs(self) -> None:
         """For an orderly end: the jobs stop where they are, and nothing else changes."""
+        await self.peer.stop_sending()
         commit, self._commit = self._commit, None
         backup = self._finish_backup()
         if commit is not None:
@@ -341,16 +356,20 @@ class StandbyDisk:
     async def close(self) -> None:
         """Make everything durable and close all nodes, top first. The jobs have ended, the
         exports are gone. OSError, naming the disk, if that fails; all are closed even then."""
+        in_order = False
         try:
             async with AsyncExitStack() as stack:
                 for node in (self.secondary, self.hidden, self.active):
                     stack.push_async_callback(node.close)
                 # The overlays flush as they close; a raw disk has nothing of its own to write.
                 await self.secondary.flush()
+            in_order = True
         except OSError as exc:
             self.error = f"disk '{self.name}' could not be flushed at its end: {exc.strerror}"
             log.error("%s", self.error)  # noqa: TRY400
             raise OSError(exc.errno, self.error) from exc
+        finally:
+            await self.peer.close(in_order=in_order)
 
     def _set_stage(self, stage: Stage) -> None:
         previous, self.stage = self.stage, stage
@@ -376,4 +395,6 @@ class StandbyDisk:
         stage = next_stage_of(self.stage, command)
         assert stage is not None
         self._set_stage(stage)
+        if stage is Stage.DONE:
+            self.peer.resume()
         self.on_commit_end(self)

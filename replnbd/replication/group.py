@@ -11,17 +11,32 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
-import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+import logging
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, ParamSpec
 
 from replnbd.errors import StateError
-from replnbd.jobs import Job
 from replnbd.replication.disk import StandbyDisk
+from replnbd.replication.group_steps import (
+    begin_taking_over,
+    check_mode,
+    end_taking_over,
+    ended,
+    flush_checkpoint,
+    intended,
+    new_generation,
+    take_back,
+    told,
+)
 from replnbd.replication.journal import (
-    DiskRecord,
     Durability,
     FailoverTarget,
     Journal,
@@ -30,6 +45,8 @@ from replnbd.replication.journal import (
 )
 from replnbd.replication.keeper import Keeper, keep_task
 from replnbd.replication.stage import Command, Stage
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
@@ -40,9 +57,6 @@ _DROPPED = {
     FailoverTarget.LATEST: _BOTH,
 }
 """What a failover does not bring into the disk."""
-
-# The numbers of QEMU's ReplicationMode, which its error text shows.
-_MODES = {"primary": 0, "secondary": 1}
 
 
 def _whole(
@@ -60,6 +74,8 @@ def _whole(
 
 class Group:
     """All replicated disks of a daemon. Commands run one at a time, in the order they came."""
+
+    mode = "secondary"
 
     def __init__(
         self,
@@ -85,11 +101,14 @@ class Group:
         for disk in self.disks:
             # Until that is recorded, a crash makes the next process commit what is committed.
             disk.on_commit_end = lambda _: self.keeper.settle_soon()
+            disk.peer.turn = self.keeper.turn
 
     async def open(self, record: Record | None = None) -> None:
         """Go on where `record` says that an earlier process was, whose disks these are; without
         one, begin. Nobody is served yet. OSError if that cannot be done, and may be tried again."""
         if record is None:
+            for disk in self.disks:
+                await disk.peer.restore(promoted=False)
             return
         self.generation = record.generation
         self._torn = record.torn
@@ -99,6 +118,7 @@ class Group:
         for disk in self.disks:
             await disk.flush_all()
         for disk, kept in zip(self.disks, record.disks, strict=True):
+            await disk.peer.restore(promoted=kept.promoted)
             disk.restore(kept)
         await self.keeper.settle(durable=True)
         if self.keeper.suspended is not None:
@@ -118,10 +138,11 @@ class Group:
         async with self.keeper.turn():
             disks = self._moving(Command.START, mode)
             for disk in disks:
+                disk.peer.check_in_step("a start")
                 await disk.check_start()
             if disks:
                 await self.keeper.begin()
-            await _flush_checkpoint(disks)
+            await flush_checkpoint(disks)
             async with self._drained(disks):
                 await self._make_empty(disks, Command.START)
                 for disk in disks:
@@ -134,7 +155,9 @@ class Group:
         """The view becomes the secondary disk as it is now; the standby's writes are dropped."""
         async with self.keeper.turn():
             disks = self._moving(Command.CHECKPOINT)
-            await _flush_checkpoint(disks)  # most of it, before anybody has to wait
+            for disk in disks:
+                disk.peer.check_in_step("a checkpoint")
+            await flush_checkpoint(disks)  # most of it, before anybody has to wait
             async with self._drained(disks):
                 await self._make_empty(disks, Command.CHECKPOINT)
                 for disk in disks:
@@ -146,11 +169,13 @@ class Group:
         """Stage *running* to *done* with empty overlays: each disk is the primary's latest."""
         async with self.keeper.turn():
             disks = self._moving(Command.STOP)
+            for disk in disks:
+                disk.peer.check_in_step("a stop")
             async with self._drained(disks):
                 await self._make_empty(disks, Command.STOP)
                 ending = [disk.stop() for disk in disks]
                 await self.keeper.settle()
-            await _ended(ending)
+            await ended(ending)
 
     @_whole
     async def failover(self, target: FailoverTarget | None = None) -> None:
@@ -171,10 +196,16 @@ class Group:
                 chosen = begun[0] if begun else target or FailoverTarget.STANDBY
                 dropped = () if begun else _DROPPED[chosen]
                 generation = self.generation if begun else new_generation()
-                await self._make_empty(disks, Command.FAILOVER, dropped, chosen, generation)
+                await begin_taking_over(disks, generation)
+                try:
+                    await self._make_empty(disks, Command.FAILOVER, dropped, chosen, generation)
+                except StateError:
+                    await take_back(disks)
+                    raise
                 ending = [disk.fail_over(chosen) for disk in disks]
                 await self.keeper.settle()
-            await _ended(ending)
+                await end_taking_over(disks)
+            await ended(ending)
 
     def _check_failover(self, disk: StandbyDisk, target: FailoverTarget | None) -> None:
         begun = disk.stage is Stage.FAILOVER_FAILED
@@ -184,6 +215,7 @@ class Group:
                 " be tried again"
             )
         if target is FailoverTarget.LATEST and not begun:
+            disk.peer.check_in_step("a failover to 'latest'")
             return  # it needs no view
         if disk.lost is not None:
             raise StateError(
@@ -196,6 +228,17 @@ class Group:
                 "the last checkpoint did not reach all disks: their views do not belong"
                 " together; make a good checkpoint first"
             )
+
+    @_whole
+    async def replicate(self, to: Mapping[str, str]) -> None:
+        """After a failover: the disks, by name, are sent to standbys at these URIs from now on.
+        StateError, naming the disk that it cannot be of."""
+        async with self.keeper.turn():
+            if self._closed:
+                raise StateError("replnbd is shutting down")
+            disks = {disk.name: disk for disk in self.disks}
+            for name, uri in to.items():
+                await disks[name].replicate(uri)
 
     async def wait_committed(self) -> None:
         """Wait until no commit is under way; StateError if one has failed or was cancelled."""
@@ -223,8 +266,11 @@ class Group:
                         f"the overlays of {names} hold data that is in no disk, which a reset"
                         " would lose: use force"
                     )
+                forget = force and all(disk.stage is Stage.NONE for disk in disks)
                 await self._make_empty(disks, Command.RESET)
                 for disk in disks:
+                    with told(disk, f"reset the history of {disk.secondary.name}"):
+                        await disk.peer.reset(forget=forget)
                     disk.reset()
                 await self.keeper.settle()
 
@@ -253,11 +299,7 @@ class Group:
         for disk in self._in_qemu_order():
             if disk.next_stage(command) is None:
                 continue
-            if disk.mode != mode:
-                raise StateError(
-                    f"The parameter mode's value is invalid, needs {_MODES[disk.mode]},"
-                    f" but got {_MODES[mode]}"
-                )
+            check_mode(disk.mode, mode)
             moving.append(disk)
         return moving
 
@@ -291,19 +333,19 @@ class Group:
         overlays = [(disk, disk.overlay(layer)) for layer in layers for disk in disks]
         try:
             if command in (Command.START, Command.CHECKPOINT):
-                await _flush_checkpoint(disks)
+                await flush_checkpoint(disks)
             async with AsyncExitStack() as stack:
                 clears = []
                 for disk, overlay in overlays:
                     emptying = overlay.emptying(keep_space=command is Command.CHECKPOINT)
-                    with _told(disk, f"empty {overlay.name}"):
+                    with told(disk, f"empty {overlay.name}"):
                         clears.append(await stack.enter_async_context(emptying))
-                intended = [_intended(disk, command, layers, target) for disk in disks]
+                records = [intended(disk, command, layers, target) for disk in disks]
                 generation = generation or self.generation
                 durable = command is not Command.CHECKPOINT
-                await self.keeper.intend(intended, generation, durable=durable)
+                await self.keeper.intend(records, generation, durable=durable)
                 for (disk, overlay), clear in zip(overlays, clears, strict=True):
-                    with _told(disk, f"empty {overlay.name}"):
+                    with told(disk, f"empty {overlay.name}"):
                         await clear()
                     self._torn = self._torn or len(disks) > 1
                 self._torn = False
@@ -324,64 +366,3 @@ class Group:
     def _suspend(self, reason: str | None) -> None:
         for disk in self.disks:
             disk.suspend(reason)
-
-
-def new_generation() -> str:
-    """One that nobody else has."""
-    return secrets.token_hex(16)
-
-
-def _intended(
-    disk: StandbyDisk,
-    command: Command,
-    layers: Sequence[Layer],
-    target: FailoverTarget | None,
-) -> DiskRecord:
-    """What a disk is once `command` has happened."""
-    record = disk.record()
-    stage = disk.next_stage(command)
-    assert stage is not None
-    record.stage = stage
-    record.emptying = list(layers)
-    record.error = record.lost = None
-    if command in (Command.START, Command.CHECKPOINT):
-        record.checkpoint_count += 1
-        record.checkpoint_time = time.time()
-    elif command is Command.FAILOVER:
-        assert target is not None
-        record.promoted, record.target = True, target
-    elif command is Command.RESET:
-        record.promoted, record.target = False, FailoverTarget.STANDBY
-        record.checkpoint_count, record.checkpoint_time = 0, None
-    return record
-
-
-async def _flush_checkpoint(disks: Sequence[StandbyDisk]) -> None:
-    """Make durable what a checkpoint shows, on all disks whose view is to survive a power failure.
-    StateError; then the disk that failed has it as its `error`."""
-
-    async def flush(disk: StandbyDisk) -> None:
-        with _told(disk, f"flush {disk.secondary.name}"):
-            await disk.secondary.flush()
-
-    power = [disk for disk in disks if disk.durability is Durability.POWER]
-    if not power:
-        return
-    for failure in await asyncio.gather(*map(flush, power), return_exceptions=True):
-        if failure is not None:
-            raise failure
-
-
-@contextmanager
-def _told(disk: StandbyDisk, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        disk.error = f"Failed to {what}: {exc.strerror}"
-        raise StateError(disk.error) from exc
-
-
-async def _ended(jobs: Sequence[Job | None]) -> None:
-    for job in jobs:
-        if job is not None:
-            await job.wait()

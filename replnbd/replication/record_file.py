@@ -55,7 +55,7 @@ class RecordFile(Generic[R]):
     async def load(self) -> R | None:
         """The newest record; None in a file that never had one.
 
-        Raises ImageError if the file is nothing of ours, or damaged, and OSError if it cannot be read.
+        Raises ImageError if the file is none of ours, or damaged, and OSError if it is unreadable.
         """
         found: list[tuple[int, R]] = []
         blank = True
@@ -74,7 +74,7 @@ class RecordFile(Generic[R]):
         if not found:
             if blank:
                 return None
-            text = "no record in it is whole: the file is damaged"
+            text = f"no record in it is whole: the {self._what} is damaged"
             raise ImageError(f"{self._path}: {text}")
         self._sequence, record = max(found, key=lambda each: each[0])
         return record

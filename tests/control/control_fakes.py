@@ -49,6 +49,15 @@ class FakeBackend:
     async def reset(self, force: bool) -> None:
         self.calls.append(("reset", force))
 
+    async def replicate(self, to: str, device: str | None) -> None:
+        self.calls.append(("replicate", to, device))
+
+    async def demote(self) -> None:
+        self.calls.append(("demote",))
+
+    async def verify(self) -> None:
+        self.calls.append(("verify",))
+
     def status(self) -> dict[str, Any]:
         return self.reported
 

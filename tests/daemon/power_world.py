@@ -318,7 +318,7 @@ class PowerLife:
         self.log.append(f"{name} {target.value if name == 'failover' else ''}")
         for model in self.models:
             model.command(name, target)
-        group = self.daemon.group
+        group = self.daemon.standby_group
         if self.storage.off_at is not None and self.rng.random() < 0.5:
             self.storage.off_at = self.storage.calls + self.rng.randrange(1, 40)  # amid it
         if name == "failover":
@@ -342,7 +342,7 @@ class PowerLife:
         """Of the primary; the view may have each of them, or not."""
         coroutines = []
         for model, before, disk in zip(
-            self.models, self.before, self.daemon.group.disks, strict=True
+            self.models, self.before, self.daemon.standby_group.disks, strict=True
         ):
             offset = self.rng.randrange(SIZE - 4096)
             length = self.rng.choice([0, 512, 700, 4096])
@@ -366,7 +366,7 @@ class PowerLife:
 
     async def _see_views(self) -> None:
         """What a checkpoint shows is certain from now on."""
-        for model, disk in zip(self.models, self.daemon.group.disks, strict=True):
+        for model, disk in zip(self.models, self.daemon.standby_group.disks, strict=True):
             view = bytes(await read_bytes(disk.standby, 0, SIZE))
             assert model.view is not None
             fault = model.view.fault(view, power=False)
@@ -381,7 +381,7 @@ class PowerLife:
         running = []
         for _ in range(rng.choice([1, 2, 6, 12])):
             number = rng.randrange(len(self.models))
-            model, disk = self.models[number], self.daemon.group.disks[number]
+            model, disk = self.models[number], self.daemon.standby_group.disks[number]
             sides: list[Side] = ["primary", "standby"]
             if model.stage == "none" or (model.view is None and not model.promoted):
                 sides.remove("standby")
@@ -445,7 +445,7 @@ class PowerLife:
         """The disks are what they were before the step that was cut short, or after it."""
         # One that fails before the next process has begun changes nothing.
         power = found == "power" and self.daemon.status()["recovered-from"] != LastEnd.ORDERLY
-        disks = self.daemon.group.disks
+        disks = self.daemon.standby_group.disks
         shown = [await self._observe(disk) for disk in disks]
         faults: list[list[str | None]] = []
         for models in (self.models, getattr(self, "before", self.models)):

@@ -14,6 +14,7 @@ from replnbd.errors import ConfigError
 
 DISK = '[[disk]]\nname = "vm0"\nmode = "secondary"\ntop-id = "top0"\nsecondary = "vm0.raw"\n'
 OTHER = '[[disk]]\nname = "vm1"\nmode = "secondary"\ntop-id = "top1"\nsecondary = "vm1.raw"\n'
+PRIMARY = '[[disk]]\nname = "vm0"\nmode = "primary"\ndisk = "vm0.raw"\n'
 IN_DISK = "[[disk]] 1 ('vm0')"
 TLS = "[tls]\ncertificate = 'x.pem'\nclient-ca = 'ca.pem'\n"
 TLS_FILES = ("certificate", "key", "client-ca", "psk")
@@ -174,9 +175,35 @@ MISTAKES = {
         DISK + 'hidden = "a\\u0000b"',
         f"{IN_DISK}: key 'hidden': a path cannot have a NUL",
     ),
-    "primary": (
+    "primary without a disk": (
         "[[disk]]\nname = 'vm0'\nmode = 'primary'",
-        f"{IN_DISK}: key 'mode': mode = \"primary\" is not available yet",
+        f"{IN_DISK}: key 'disk' is missing: the file of the local disk",
+    ),
+    **{
+        f"{key} of a primary": (
+            PRIMARY + f"{key} = {value}",
+            f"{IN_DISK}: key '{key}' belongs to mode = \"secondary\"",
+        )
+        for key, value in (
+            ("secondary", '"x"'),
+            ("hidden", '"x"'),
+            ("active", '"x"'),
+            ("top-allow", '["x"]'),
+            ("top-max-connections", "1"),
+        )
+    },
+    "to of no export": (
+        PRIMARY + 'to = "nbd://standby"',
+        f"{IN_DISK}: key 'to': nbd://standby names no export: that of the standby's disk",
+    ),
+    "to of nothing": (
+        PRIMARY + 'to = "standby"',
+        f"{IN_DISK}: key 'to': not an NBD URI that can be used: standby: it must begin with"
+        " nbd://, nbds://, nbd+unix:// or nbds+unix://",
+    ),
+    "both modes": (
+        DISK + PRIMARY.replace("vm0", "vm1"),
+        "[[disk]] key 'mode': all disks of a configuration are one group, and so of one mode",
     ),
     **{
         f"{key} of a secondary": (

@@ -75,8 +75,8 @@ async def test_other_exports_and_qmp_go_on_while_a_disk_holds_every_thread_it_ma
 ) -> None:
     setup = setup_of_two
     async with Daemon(config_of(setup)) as daemon:
-        await daemon.group.start()
-        slow = daemon.group.disks[0].primary
+        await daemon.standby_group.start()
+        slow = daemon.standby_group.disks[0].primary
         hanging = Hanging(setup.path("secondary"), monkeypatch)
         buffers = [bytearray(512) for _ in range(CALLS_MAX)]
         requests = [slow.pread(0, memoryview(buffer)) for buffer in buffers]
@@ -118,8 +118,8 @@ async def test_other_exports_and_qmp_go_on_while_the_requests_of_one_wait(
 ) -> None:
     setup = setup_of_two
     async with Daemon(config_of(setup)) as daemon:
-        await daemon.group.start()
-        held = HeldNode("held", daemon.group.disks[0].primary)
+        await daemon.standby_group.start()
+        held = HeldNode("held", daemon.standby_group.disks[0].primary)
         held.go_on = asyncio.Event()
         daemon.server.add_export(Export("held", held))
 

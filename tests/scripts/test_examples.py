@@ -72,13 +72,21 @@ def test_a_missing_disk_is_one_line(tmp_path: Path, name: str) -> None:
 # Section: the configuration, and the service that runs it
 
 
+PRIMARY_KEYS = {"disk", "to", "sync"}
+
+
 def test_the_configuration_tells_of_every_key() -> None:
     text = (EXAMPLES / "replnbd.toml").read_text()
     server, tls, disk = re.split(r"^# \[tls\]|^\[\[disk\]\]", text, flags=re.MULTILINE)
     for table, config in ((server, ServerConfig), (tls, TlsConfig), (disk, DiskConfig)):
         told = set(re.findall(r"^(?:# )?([a-z-]+) = ", table, re.MULTILINE))
-        # The others of a disk belong to mode = "primary", which is not available yet.
-        assert told == set(config.__struct_encode_fields__) - {"disk", "to", "sync"}
+        assert told == set(config.__struct_encode_fields__) - PRIMARY_KEYS
+
+
+def test_the_primary_s_configuration_tells_of_every_key_of_its_own() -> None:
+    *_, disk = (EXAMPLES / "primary.toml").read_text().partition("[[disk]]")
+    told = set(re.findall(r"^(?:# )?([a-z-]+) = ", disk, re.MULTILINE))
+    assert told == PRIMARY_KEYS | {"name", "mode", "format", "history"}
 
 
 def unit(name: str) -> list[tuple[str, str]]:

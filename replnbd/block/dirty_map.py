@@ -1,0 +1,303 @@
+"""DirtyMap: where a disk may differ from its copy elsewhere, in a file that survives any death.
+
+A *granule* is 64 KiB of the disk. It is marked in the file before a byte of it changes on the disk,
+and unmarked only when it is proven that the copy has it: so whatever dies, and whenever, what is
+not marked is the same on both sides (a write-intent bitmap, and a dirty bitmap, in one).
+
+    state     in the file    what it says
+    CLEAN     0              the copy has it
+    SENT      1              written and sent; not proven yet that the copy has it
+    FRESH     1              the same, in the present epoch
+    BEHIND    1              the copy lacks it, and nothing of it is on its way: it must be copied
+
+    CLEAN, SENT --mark--> FRESH --turn--> SENT --clear--> CLEAN
+    any --fall_behind--> BEHIND --take--> FRESH
+                         BEHIND --found_equal--> CLEAN
+
+An *epoch* is what is proven at a time: `turn` ends one and gives its granules; once all that was
+sent in it has arrived, and is durable there, `clear` unmarks those that were not written since.
+
+The file has a byte a granule, so that marking is one store without reading; the map in memory is a
+byte a granule too, of which a disk that is mostly clean touches little.
+
+A store that unmarks never waits, and none is made while one that marks does: so they cannot pass
+each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from replnbd.block.digest import GRANULE
+from replnbd.block.node import BlockNode, read_bytes
+
+GRANULE_BITS = GRANULE.bit_length() - 1
+
+CLEAN, SENT, FRESH, BEHIND = range(4)
+
+_LOAD_BYTES = 1 << 20
+_MARK = b"\1"
+
+
+class DirtyMap:
+    """Of a disk of `size` bytes, in `file` from `start` on. Offsets and lengths are the disk's, in
+    bytes. All marks found by `load` are BEHIND: whoever sent something then is dead."""
+
+    def __init__(self, size: int, file: BlockNode, start: int) -> None:
+        self.size = size
+        self.count = -(-size // GRANULE)
+        """Granules."""
+        self.states = bytearray(self.count)
+        self.behind = 0
+        """Granules that are BEHIND."""
+        self._file = file
+        self._start = start
+        self._fresh: set[int] = set()
+        self._sent: set[int] = set()
+        self._marking = asyncio.Lock()
+        self._waiting = False
+        """A store that marks has to wait: what it marks is in the file only after that."""
+
+    async def load(self) -> None:
+        """Read the marks. OSError."""
+        for first in range(0, self.count, _LOAD_BYTES):
+            length = min(_LOAD_BYTES, self.count - first)
+            stored = await read_bytes(self._file, self._start + first, length)
+            if any(stored):
+                states = bytes(BEHIND if byte else CLEAN for byte in stored)
+                self.states[first : first + length] = states
+                self.behind += states.count(BEHIND)
+
+    @property
+    def dirty(self) -> int:
+        """Granules that are not CLEAN."""
+        return self.behind + len(self._fresh) + len(self._sent)
+
+    @property
+    def unproven(self) -> int:
+        """Granules that have been sent, and of which it is not proven that the copy has them."""
+        return len(self._fresh) + len(self._sent)
+
+    @property
+    def behind_bytes(self) -> int:
+        """At most: the last granule may be a short one."""
+        return min(self.behind << GRANULE_BITS, self.size)
+
+    @property
+    def unproven_bytes(self) -> int:
+        """At most."""
+        return min(self.unproven << GRANULE_BITS, self.size)
+
+    # Section: writes
+
+    def mark_nowait(self, offset: int, length: int) -> bool:
+        """`mark`, if it need not wait: True: done."""
+        if self._waiting:
+            return False
+        first = offset >> GRANULE_BITS
+        last = (offset + length - 1) >> GRANULE_BITS
+        states = self.states
+        if first == last:
+            state = states[first]
+            if state < FRESH:
+                if state == CLEAN and not self._file.pwrite_nowait(self._start + first, _MARK):
+                    return False
+                self._freshen(first)
+            return True
+        wanting = [granule for granule in range(first, last + 1) if states[granule] < FRESH]
+        if wanting:
+            # Those between are marked already.
+            low, count = wanting[0], wanting[-1] + 1 - wanting[0]
+            if not self._file.pwrite_nowait(self._start + low, _MARK * count):
+                return False
+            for granule in wanting:
+                self._freshen(granule)
+        return True
+
+    async def mark(self, offset: int, length: int) -> None:
+        """A range is about to be written: mark it, before that. What is BEHIND stays so. OSError,
+        and then nobody may write."""
+        async with self._marking:
+            if self.mark_nowait(offset, length):
+                return
+            first, last = offset >> GRANULE_BITS, (offset + length - 1) >> GRANULE_BITS
+            self._waiting = True
+            try:
+                await self._file.pwrite(self._start + first, _MARK * (last + 1 - first))
+            finally:
+                self._waiting = False
+            for granule in range(first, last + 1):
+                if self.states[granule] < FRESH:
+                    self._freshen(granule)
+
+    def is_behind(self, offset: int, length: int) -> bool:
+        """Whether a granule of the range is BEHIND."""
+        first, last = offset >> GRANULE_BITS, (offset + length - 1) >> GRANULE_BITS
+        if first == last:
+            return self.states[first] == BEHIND
+        return self.states.find(BEHIND, first, last + 1) >= 0
+
+    def fall_behind(self, offset: int, length: int) -> None:
+        """Nothing of a range, which is marked, is on its way (any more)."""
+        first, last = offset >> GRANULE_BITS, (offset + length - 1) >> GRANULE_BITS
+        states = self.states
+        for granule in range(first, last + 1):
+            state = states[granule]
+            if state != BEHIND:
+                states[granule] = BEHIND
+                self.behind += 1
+                if state == CLEAN:
+                    self._mark_again(granule)
+                else:
+                    self._fresh.discard(granule)
+                    self._sent.discard(granule)
+
+    def all_fall_behind(self) -> None:
+        """The way to the copy is lost: nothing is on it any more."""
+        states = self.states
+        for granules in (self._fresh, self._sent):
+            for granule in granules:
+                states[granule] = BEHIND
+            self.behind += len(granules)
+            granules.clear()
+
+    async def mark_everything(self) -> None:
+        """There is no copy, or none that is known: all is BEHIND."""
+        for first in range(0, self.count, _LOAD_BYTES):
+            length = min(_LOAD_BYTES, self.count - first)
+            await self._file.pwrite(self._start + first, _MARK * length)
+            self.states[first : first + length] = bytes([BEHIND]) * length
+        self._fresh.clear()
+        self._sent.clear()
+        self.behind = self.count
+
+    async def mark_behind(self, offset: int, length: int) -> None:
+        """Mark a range that is BEHIND: what another side has changed."""
+        await self.mark(offset, length)
+        self.fall_behind(offset, length)
+
+    # Section: copying and proof
+
+    def next_behind(self, offset: int, length_max: int) -> tuple[int, int] | None:
+        """(offset, length) of the next run that is BEHIND, at or after a granule's `offset`."""
+        first = self.states.find(BEHIND, offset >> GRANULE_BITS)
+        if first < 0:
+            return None
+        most = min(first + (length_max >> GRANULE_BITS), self.count)
+        run = self.states[first:most]
+        count = len(run) - len(run.lstrip(bytes([BEHIND])))
+        start = first << GRANULE_BITS
+        return start, min(count << GRANULE_BITS, self.size - start)
+
+    def take(self, offset: int, length: int) -> None:
+        """What is BEHIND of a range is on its way now."""
+        first, last = offset >> GRANULE_BITS, (offset + length - 1) >> GRANULE_BITS
+        for granule in range(first, last + 1):
+            if self.states[granule] == BEHIND:
+                self.behind -= 1
+                self._freshen(granule)
+
+    def turn(self) -> set[int]:
+        """End the epoch; its granules, for `clear`. Those of the one before are among them."""
+        states = self.states
+        for granule in self._fresh:
+            states[granule] = SENT
+        self._sent |= self._fresh
+        self._fresh = set()
+        return set(self._sent)
+
+    def clear(self, granules: Iterable[int]) -> None:
+        """It is proven that the copy has these granules, as they were when `turn` gave them: unmark
+        those that have not been written since. If the file cannot be written they stay marked."""
+        if self._waiting:
+            return  # another time
+        states = self.states
+        for first, count in _runs(sorted(g for g in granules if states[g] == SENT)):
+            if not self._unmark(first, count):
+                return
+            states[first : first + count] = bytes(count)
+            self._sent.difference_update(range(first, first + count))
+
+    def found_equal(self, offset: int, length: int) -> None:
+        """A range, all of it BEHIND, is the same on both sides: nothing needs to be sent. Nobody
+        may write to it meanwhile."""
+        first = offset >> GRANULE_BITS
+        count = ((offset + length - 1) >> GRANULE_BITS) + 1 - first
+        if self._waiting or not self._unmark(first, count):
+            return self.take(offset, length)
+        self.behind -= count
+        self.states[first : first + count] = bytes(count)
+        return None
+
+    async def clear_everything(self) -> None:
+        """There is nothing to tell of: this disk is a copy now, and follows another one."""
+        for first in range(0, self.count, _LOAD_BYTES):
+            length = min(_LOAD_BYTES, self.count - first)
+            if any(self.states[first : first + length]):
+                await self._file.pwrite(self._start + first, bytes(length))
+                self.states[first : first + length] = bytes(length)
+        self._fresh.clear()
+        self._sent.clear()
+        self.behind = 0
+
+    # Section: what it shows
+
+    def runs(self, offset: int, length: int, runs_max: int) -> list[tuple[int, bool]]:
+        """(length, whether it may differ) from `offset` on: at least one run; may fall short."""
+        found: list[tuple[int, bool]] = []
+        end = offset + length
+        states = self.states
+        while offset < end and len(found) < runs_max:
+            granule = offset >> GRANULE_BITS
+            dirty = states[granule] != CLEAN
+            stop = self._end_of_run(granule, dirty, (end - 1 >> GRANULE_BITS) + 1)
+            count = min(stop << GRANULE_BITS, end) - offset
+            found.append((count, dirty))
+            offset += count
+        return found
+
+    def _end_of_run(self, granule: int, dirty: bool, most: int) -> int:
+        states = self.states
+        if not dirty:
+            # A clean disk is a long run of zero bytes: by pieces, each at the speed of memory.
+            while granule < most:
+                piece = states[granule : min(granule + 65536, most)]
+                rest = piece.lstrip(b"\0")
+                if rest:
+                    return granule + len(piece) - len(rest)
+                granule += len(piece)
+            return most
+        stop = states.find(CLEAN, granule, most)
+        return most if stop < 0 else stop
+
+    # Section: inside
+
+    def _freshen(self, granule: int) -> None:
+        self.states[granule] = FRESH
+        self._fresh.add(granule)
+        self._sent.discard(granule)
+
+    def _mark_again(self, granule: int) -> None:
+        """Of one that was found equal while an older write to it was still to fail."""
+        try:
+            self._file.pwrite_nowait(self._start + granule, _MARK)
+        except OSError:
+            pass  # in memory it is marked: lost only if the process dies before it is copied
+
+    def _unmark(self, first: int, count: int) -> bool:
+        try:
+            return self._file.pwrite_nowait(self._start + first, bytes(count))
+        except OSError:
+            return False  # what is marked without need is copied without need
+
+
+def _runs(granules: list[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for granule in granules:
+        if runs and runs[-1][0] + runs[-1][1] == granule:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((granule, 1))
+    return runs

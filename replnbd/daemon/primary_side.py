@@ -1,0 +1,116 @@
+"""PrimarySide: the disks in mode primary, each with its export NAME."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from replnbd.block import BlockNode
+from replnbd.daemon.config import DiskConfig
+from replnbd.daemon.describe import primary_nodes, primary_status
+from replnbd.daemon.histories import history_path, make_history, open_history
+from replnbd.daemon.images import check_sectors, open_image
+from replnbd.daemon.side import Services, Side
+from replnbd.errors import StateError
+from replnbd.replication import (
+    RESYNC_BITMAP,
+    History,
+    PrimaryDisk,
+    PrimaryGroup,
+    Role,
+    unproven_runs,
+)
+from replnbd.server import Export
+
+log = logging.getLogger(__name__)
+
+
+class PrimarySide(Side):
+    """See the head of this file."""
+
+    group: PrimaryGroup
+
+    def __init__(self, disks: Sequence[DiskConfig], services: Services) -> None:
+        super().__init__(disks, services)
+        self.group = PrimaryGroup(())
+
+    async def open(self, created: list[str]) -> None:
+        """See `Side`."""
+        disks: list[PrimaryDisk] = []
+        try:
+            for config in self.configs:
+                disk = await self._open_disk(config, created)
+                disks.append(disk)
+        finally:
+            self.group = PrimaryGroup(disks)
+        for config, disk in zip(self.configs, disks, strict=True):
+            export = self.new_export(disk.name, disk.name, f"disk {disk.name}")
+            assert export is not None
+            export.connections_max = config.max_connections
+            self.services.server.add_export(export)
+            disk.resume()
+
+    async def close(self) -> None:
+        """See `Side`."""
+        await self.group.close()
+
+    async def demote(self) -> None:
+        """Whatever becomes of the disks: from now on they are a standby's. StateError."""
+        await self.group.demote()
+
+    def status(self) -> dict[str, Any]:
+        """See `Side`."""
+        exports = self.services.server.exports
+        return {"disks": [primary_status(disk, exports) for disk in self.group.disks]}
+
+    def nodes(self) -> list[BlockNode]:
+        """See `Side`."""
+        return [node for disk in self.group.disks for node in primary_nodes(disk)]
+
+    def new_export(
+        self, name: str, node_name: str, description: str, *, writable: bool = True
+    ) -> Export | None:
+        """See `Side`."""
+        for disk, config in zip(self.group.disks, self.configs, strict=True):
+            if node_name == disk.node.name:
+                return Export(
+                    name,
+                    disk.node,
+                    description,
+                    writable,
+                    bitmaps={RESYNC_BITMAP: partial(unproven_runs, disk.history)},
+                    with_digests=True,
+                    allow=config.allow,
+                )
+        return None
+
+    async def _open_disk(self, config: DiskConfig, created: list[str]) -> PrimaryDisk:
+        assert config.disk is not None
+        node = await open_image(config.disk, format=config.format, name=f"{config.name}-disk")
+        try:
+            check_sectors(config.disk, node.size)
+            history = await self._open_history(config, node.size, created)
+        except BaseException:
+            await node.close()
+            raise
+        return PrimaryDisk(
+            config.name,
+            node,
+            history,
+            config.to,
+            sync=bool(config.sync),
+            bus=self.services.events,
+            jobs=self.services.jobs,
+        )
+
+    async def _open_history(self, config: DiskConfig, size: int, created: list[str]) -> History:
+        history = await open_history(config, size)
+        if history is None:
+            history = await make_history(config, size, Role.PRIMARY)
+            created.append(history_path(config))
+        elif history.record.role is Role.STANDBY:
+            await history.abandon()
+            raise StateError(f"'{config.name}' is a standby's disk: its primary has the truth")
+        return history

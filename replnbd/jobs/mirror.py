@@ -1,0 +1,234 @@
+"""MirrorJob: copies what is BEHIND, while the disk is written and read, until nothing is (QEMU's
+mirror, by a dirty map).
+
+A run of granules is looked at in chunks, several at a time. Where the copy tells digests of what it
+has, only what differs is sent; a hole on both sides costs next to nothing, however long.
+
+    1. their digests, if there are any
+    2. under an exclusive lock on the chunk: what is here; what is equal is found_equal, what is
+       not is on its way, from then on together with new writes to it
+    3. without the lock: wait for the answer. What was refused is BEHIND again
+
+Nobody but this job makes a granule less BEHIND; and while one is, nothing of it is sent: so the
+digests of step 1 are true in step 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Protocol
+
+from replnbd.block import BlockNode, DirtyMap, RangeLock, each_extent
+from replnbd.block.digest import GRANULE, digest_of, digest_of_zeroes
+from replnbd.events import EventBus
+from replnbd.jobs.job import Job
+
+CHUNK = 1 << 20
+"""Bytes under one lock: how long a request to the same place may wait (about 1 ms)."""
+
+CHUNKS_MAX = 8
+"""At a time: enough to be compared here, compared there and on the way."""
+
+RUN = 1 << 30
+"""Bytes that are asked about at a time; what is no hole is answered in pieces."""
+
+
+class MirrorTarget(Protocol):
+    """The copy."""
+
+    async def digests(self, offset: int, length: int) -> list[tuple[int, int | None]] | None:
+        """Of what it has, from a granule's `offset` on; they may fall short. None: it cannot tell.
+        OSError."""
+
+    def copy(self, offset: int, data: memoryview) -> Awaitable[None]:
+        """Send it, in order with all that is written; `data` does not change until it is answered.
+        OSError from the awaitable: it was refused, and has fallen behind."""
+
+    def copy_zeroes(self, offset: int, length: int) -> Awaitable[None]:
+        """The same of zeroes."""
+
+
+class MirrorJob(Job):
+    """From `source` (which `ranges` locks) to `target`, by the map `dirty`. Ends when nothing is
+    BEHIND and all has been answered; OSError as soon as something was refused."""
+
+    type = "mirror"
+
+    def __init__(
+        self,
+        job_id: str,
+        bus: EventBus,
+        source: BlockNode,
+        ranges: RangeLock,
+        dirty: DirtyMap,
+        target: MirrorTarget,
+    ) -> None:
+        super().__init__(job_id, bus)
+        self.bytes_copied = 0
+        """Sent; without zeroes, and without what was equal."""
+        self._source = source
+        self._ranges = ranges
+        self._dirty = dirty
+        self._target = target
+        self._copying: set[asyncio.Task[None]] = set()
+        self._failure: OSError | None = None
+        self._taken = 0
+        """Bytes in chunks that have begun and not ended."""
+
+    def describe(self) -> dict[str, object]:
+        left = self._dirty.behind * GRANULE + self._taken
+        self.progress_total = self.progress_current + left
+        return super().describe()
+
+    async def run(self) -> None:
+        try:
+            position = 0
+            while self._failure is None:
+                found = self._dirty.next_behind(position, RUN)
+                if found is not None:
+                    position = await self._look_at(*found)
+                elif self._copying:
+                    await asyncio.wait(self._copying, return_when=asyncio.FIRST_COMPLETED)
+                    position = 0
+                elif position:
+                    position = 0
+                else:
+                    break
+        finally:
+            if self._copying:
+                await asyncio.wait(self._copying)
+        if self._failure is not None:
+            raise self._failure
+
+    def on_end(self) -> None:
+        # Whoever made the job waits for its end.
+        self.progress_total = self.progress_current
+
+    async def _look_at(self, offset: int, length: int) -> int:
+        """Begin to copy the first part of a run that is BEHIND; returns its end."""
+        theirs = await self._target.digests(offset, length)
+        if theirs is None:
+            count = min(CHUNK, length)
+            await self._begin(offset, count, None)
+            return offset + count
+        values: list[int | None] = []
+        covered = 0
+        for count, value in theirs:
+            covered += count
+            values += [value] * -(-count // GRANULE)
+        end = offset + covered
+        position = offset
+        while position < end:
+            at = (position - offset) // GRANULE
+            hole = 0
+            if values[at] == _ZERO_DIGEST:
+                hole = await self._skip_hole(position, _run_of(values, at, end - position))
+            if not hole:
+                hole = min(CHUNK, end - position)
+                await self._begin(position, hole, values[at : at + CHUNK // GRANULE])
+            position += hole
+        return end
+
+    async def _skip_hole(self, offset: int, length: int) -> int:
+        """Of how many bytes at `offset` there is nothing here either; 0 if that is not many."""
+        (extent, *_) = await self._source.block_status(offset, length)
+        count = extent.length if extent.length == length else extent.length // GRANULE * GRANULE
+        if not extent.zero or count < CHUNK:
+            return 0
+        key = await self._ranges.acquire(offset, count, True)
+        try:
+            async for each in each_extent(self._source, offset, count):
+                if not each.zero:
+                    return 0
+            self._dirty.found_equal(offset, count)
+        finally:
+            self._ranges.release(key)
+        self.progress_current += count
+        await self.pause_point()
+        return count
+
+    async def _begin(self, offset: int, length: int, theirs: Sequence[int | None] | None) -> None:
+        """Copy a chunk beside the others. `theirs`: the digests of its granules."""
+        await self.pause_point(length)
+        while len(self._copying) >= CHUNKS_MAX:
+            await asyncio.wait(self._copying, return_when=asyncio.FIRST_COMPLETED)
+        if self._failure is not None:
+            return
+        self._taken += length
+        task = asyncio.get_running_loop().create_task(self._copy(offset, length, theirs))
+        self._copying.add(task)
+        task.add_done_callback(self._copying.discard)
+
+    async def _copy(self, offset: int, length: int, theirs: Sequence[int | None] | None) -> None:
+        try:
+            answers = await self._send(offset, length, theirs)
+            self._taken -= length
+            for answer in answers:
+                await answer
+            self.progress_current += length
+        except OSError as exc:
+            self._failure = self._failure or exc
+
+    async def _send(
+        self, offset: int, length: int, theirs: Sequence[int | None] | None
+    ) -> Sequence[Awaitable[None]]:
+        """Step 2 of a chunk."""
+        key = await self._ranges.acquire(offset, length, True)
+        try:
+            buffer = bytearray(length)
+            view = memoryview(buffer)
+            position = offset
+            async for extent in each_extent(self._source, offset, length):
+                at = position - offset
+                if not extent.zero:
+                    self.operation = "read"
+                    await self._source.pread(position, view[at : at + extent.length])
+                position += extent.length
+            self.operation = "write"
+            answers = []
+            for start, end, what in _runs(buffer, theirs):
+                if what == EQUAL:
+                    self._dirty.found_equal(offset + start, end - start)
+                    continue
+                self._dirty.take(offset + start, end - start)
+                if what == ZERO:
+                    answers.append(self._target.copy_zeroes(offset + start, end - start))
+                else:
+                    self.bytes_copied += end - start
+                    answers.append(self._target.copy(offset + start, view[start:end]))
+            return answers
+        finally:
+            self._ranges.release(key)
+
+
+EQUAL, ZERO, DATA = "equal", "zero", "data"
+
+_ZEROES = bytes(GRANULE)
+_ZERO_DIGEST = digest_of_zeroes(GRANULE)
+
+
+def _runs(buffer: bytearray, theirs: Sequence[int | None] | None) -> list[tuple[int, int, str]]:
+    """A chunk as runs (start, end, what is to be done); `theirs`: see `MirrorJob._begin`."""
+    runs: list[tuple[int, int, str]] = []
+    view = memoryview(buffer)
+    for index, start in enumerate(range(0, len(buffer), GRANULE)):
+        end = min(start + GRANULE, len(buffer))
+        zero = not buffer[start] and buffer.startswith(_ZEROES[: end - start], start)
+        what = ZERO if zero else DATA
+        if theirs is not None:
+            mine = digest_of_zeroes(end - start) if zero else digest_of(view[start:end])
+            what = EQUAL if mine == theirs[index] else what
+        if runs and runs[-1][2] == what:
+            runs[-1] = (runs[-1][0], end, what)
+        else:
+            runs.append((start, end, what))
+    return runs
+
+
+def _run_of(values: Sequence[int | None], at: int, length: int) -> int:
+    """For how many of `length` bytes the digests from `at` on are the same."""
+    stop = at
+    while stop < len(values) and values[stop] == values[at]:
+        stop += 1
+    return min((stop - at) * GRANULE, length)

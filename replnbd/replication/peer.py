@@ -1,0 +1,141 @@
+"""What two replnbd say to each other beside the data: over NBD, too.
+
+Of each disk that may be somebody's copy there is a second export, x-replnbd/NAME, that no list
+shows. Reading it gives what the target is (PeerState), writing to it says what the source does:
+
+    Begin   from now on the source writes to NAME what makes it its copy. Until `End` the disk is
+            not what the source was at any moment
+    End     all has arrived: from now on it is
+
+Both are JSON, at offset 0, zeroes behind. What is refused is an error, with the reason as its text.
+A target that has no such export is none of ours (QEMU, nbdkit): then nobody keeps account there.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Protocol
+
+import msgspec
+
+from replnbd.block import BlockNode, Buffer, Extent
+from replnbd.errors import StateError
+from replnbd.replication.lineage import Claim, Lineage, Plan
+
+EXPORT_PREFIX = "x-replnbd/"
+NODE_BYTES = 64 << 10
+RESYNC_BITMAP = "resync"
+"""Of NAME: what the target may have otherwise than the source (qemu:dirty-bitmap:resync)."""
+
+
+def peer_export(name: str) -> str:
+    """The export where a source speaks to the target NAME."""
+    return EXPORT_PREFIX + name
+
+
+VERSION = 1
+
+
+class PeerState(msgspec.Struct, forbid_unknown_fields=False, rename="kebab", kw_only=True):
+    """What a target is. Members of a later version are not looked at."""
+
+    version: int = VERSION
+    name: str
+    size: int
+    stage: str
+    fenced: bool
+    """It has taken over."""
+    syncing: bool
+    claim: Claim
+
+
+class Begin(msgspec.Struct, tag="begin", tag_field="say", rename="kebab", kw_only=True):
+    """The source begins to make the target its copy."""
+
+    claim: Claim
+    """The source's; its pair is the target's from then on."""
+    plan: Plan
+
+
+class End(msgspec.Struct, tag="end", tag_field="say", rename="kebab", kw_only=True):
+    """The target is a copy of a source of that lineage."""
+
+    lineage: Lineage
+
+
+class Target(Protocol):
+    """A disk that a source may write to."""
+
+    def peer_state(self) -> PeerState:
+        """What it is."""
+
+    async def begin_sync(self, claim: Claim, plan: Plan) -> None:
+        """A source begins. StateError, with the reason, if it must not."""
+
+    async def end_sync(self, lineage: Lineage) -> None:
+        """All has arrived. StateError if nothing has begun."""
+
+
+class PeerNode(BlockNode):
+    """The node behind x-replnbd/NAME."""
+
+    driver = "replication-peer"
+    size = NODE_BYTES
+
+    def __init__(self, name: str, target: Target) -> None:
+        self.name = name
+        self._target = target
+
+    async def pread(self, offset: int, buffer: memoryview) -> None:
+        state = encode(self._target.peer_state())
+        part = state[offset : offset + len(buffer)]
+        buffer[:] = part + bytes(len(buffer) - len(part))
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        if offset:
+            raise OSError(errno.EINVAL, f"a message begins at offset 0, not {offset}")
+        try:
+            message = msgspec.json.decode(bytes(data).rstrip(b"\0"), type=Begin | End)
+        except msgspec.DecodeError as exc:
+            raise OSError(errno.EINVAL, f"not a message of replnbd: {exc}") from exc
+        try:
+            if isinstance(message, Begin):
+                await self._target.begin_sync(message.claim, message.plan)
+            else:
+                await self._target.end_sync(message.lineage)
+        except StateError as exc:
+            raise OSError(errno.EPERM, str(exc)) from exc
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        raise OSError(errno.EINVAL, "only messages can be written here")
+
+    async def discard(self, offset: int, length: int) -> None:
+        raise OSError(errno.EINVAL, "only messages can be written here")
+
+    async def flush(self) -> None:
+        return  # a message that was answered is durable
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        return [Extent(length, zero=False, depth=0)]
+
+    async def close(self) -> None:
+        return
+
+
+def encode(message: PeerState | Begin | End) -> bytes:
+    """As it is read and written: padded to whole blocks, for servers that want those."""
+    text = msgspec.json.encode(message)
+    return text + bytes(-len(text) % 4096)
+
+
+def decode_state(data: bytes | bytearray) -> PeerState:
+    """What a target says it is. ValueError, in one line, if that is no such thing."""
+    try:
+        state = msgspec.json.decode(bytes(data).rstrip(b"\0"), type=PeerState)
+    except msgspec.DecodeError as exc:
+        raise ValueError(f"the peer's state cannot be read: {exc}") from exc
+    if state.version != VERSION:
+        raise ValueError(f"the peer speaks version {state.version} of a later replnbd")
+    return state

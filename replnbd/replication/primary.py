@@ -1,0 +1,160 @@
+"""PrimaryDisk: one disk in mode primary: the local disk, and the link to its standby.
+
+    export NAME
+        |
+       gate              overlapping requests wait for each other
+        |
+      quorum             reads: local; writes: local, then on to the copy
+      /    \\
+    local   link         while the stage is *running* (QEMU's replication filter, mode=primary,
+                         which answers EIO in every other stage: the quorum swallows that)
+
+What must outlive the process is in the disk's History.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AsyncExitStack
+
+from replnbd.block import BlockNode, RangeLock
+from replnbd.errors import StateError
+from replnbd.events import EventBus
+from replnbd.filters import QuorumNode
+from replnbd.jobs import Job, JobRegistry
+from replnbd.replication.history import History, Role
+from replnbd.replication.link import Link, LinkState
+from replnbd.replication.nodes import GateNode
+from replnbd.replication.stage import IO_ERROR, NOT_RUNNING, Command, Stage, next_stage
+
+log = logging.getLogger(__name__)
+
+
+class PrimaryDisk:
+    """A disk in mode primary. Made with its nodes open; the group drives it. `node` is what to
+    export as NAME."""
+
+    mode = "primary"
+
+    def __init__(
+        self,
+        name: str,
+        disk: BlockNode,
+        history: History,
+        to: str | None,
+        *,
+        sync: bool = False,
+        bus: EventBus,
+        jobs: JobRegistry,
+    ) -> None:
+        self.name = name
+        self.disk = disk
+        self.history = history
+        self.to = to
+        """The standby's URI."""
+        self.stage = history.record.stage
+        self.error: str | None = None
+        """What `query-xen-replication-status` says is wrong, while something is."""
+        self._bus = bus
+        self._ranges = RangeLock()
+        self.link = Link(
+            name, disk, self._ranges, history,
+            bus=bus, jobs=jobs, sync=sync, on_error=self._failed, on_state=self._link_is,
+        )  # fmt: skip
+        quorum = QuorumNode(f"{name}-quorum", disk, self.link.forwarder)
+        self.node = GateNode(name, disk.size, quorum, self._ranges)
+
+    @property
+    def replication_error(self) -> str | None:
+        """What `query-xen-replication-status` answers: None, or QEMU's text."""
+        if self.stage is Stage.NONE:
+            return NOT_RUNNING
+        return IO_ERROR if self.error is not None else None
+
+    @property
+    def job(self) -> Job | None:
+        """The job that brings the standby up to date."""
+        return self.link.job
+
+    def next_stage(self, command: Command) -> Stage | None:
+        """Where `command` leads from here; None if ignored; StateError as QEMU words it."""
+        if command is Command.CHECKPOINT:
+            return self.stage  # QEMU's filter does nothing then, in any stage
+        if command is Command.FAILOVER:
+            command = Command.STOP  # the same, for a primary
+        return next_stage(self.stage, command)
+
+    def resume(self) -> None:
+        """Go on in the stage of an earlier process."""
+        if self.stage is Stage.RUNNING and self.to is not None:
+            self.link.start(self.to)
+
+    async def run(self) -> None:
+        """Stage *running*. StateError if that cannot be recorded."""
+        await self._set_stage(Stage.RUNNING)
+        self.resume()
+
+    async def stop(self, stage: Stage) -> None:
+        """Stage *done* or *none*: nothing is sent any more. StateError if it is not recorded."""
+        await self._set_stage(stage)
+        await self.link.stop()
+
+    async def demote(self) -> None:
+        """This disk is a standby's from now on. StateError if that cannot be recorded."""
+        await self.link.stop()
+        try:
+            await self.history.set_stage(Stage.NONE)
+            await self.history.set_role(Role.STANDBY)
+        except OSError as exc:
+            raise StateError(f"cannot write the history of '{self.name}': {exc.strerror}") from exc
+
+    async def forget(self) -> None:
+        """Whatever this disk has in common with a standby: at the next start all is compared."""
+        await self.history.forget()
+
+    async def wait_in_step(self) -> None:
+        """Until all that was written has arrived, if there is a way; a standby that cannot be
+        reached is no error of the primary's."""
+        if self.stage is Stage.RUNNING and self.link.state is LinkState.LIVE:
+            try:
+                await self.link.wait_in_step()
+            except OSError as exc:
+                log.warning(
+                    "disk %s: a checkpoint without the standby: %s", self.name, exc.strerror
+                )
+
+    async def close(self) -> None:
+        """Make everything durable and close all, the export is gone. OSError, naming the disk."""
+        await self.link.stop()
+        try:
+            async with AsyncExitStack() as stack:
+                stack.push_async_callback(self.history.abandon)
+                stack.push_async_callback(self.disk.close)
+                await self.disk.flush()
+                stack.pop_all()
+                await self.disk.close()
+                await self.history.close()
+        except OSError as exc:
+            self.error = f"disk '{self.name}' could not be flushed at its end: {exc.strerror}"
+            log.error("%s", self.error)  # noqa: TRY400
+            raise OSError(exc.errno, self.error) from exc
+
+    async def _set_stage(self, stage: Stage) -> None:
+        try:
+            await self.history.set_stage(stage)
+        except OSError as exc:
+            raise StateError(f"cannot write the history of '{self.name}': {exc.strerror}") from exc
+        previous, self.stage = self.stage, stage
+        self.error = None
+        if stage is not previous:
+            log.info("disk %s: stage %s -> %s", self.name, previous.value, stage.value)
+            self._bus.emit(
+                "x-replnbd-stage", device=self.name, previous=previous.value, stage=stage.value
+            )
+
+    def _failed(self, error: OSError) -> None:
+        self.error = error.strerror or str(error)
+
+    def _link_is(self, state: LinkState) -> None:
+        if state is LinkState.LIVE:
+            self.error = None

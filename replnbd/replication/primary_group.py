@@ -1,0 +1,110 @@
+"""PrimaryGroup: the commands over all disks in mode primary, or none of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from replnbd.errors import StateError
+from replnbd.replication.group_steps import check_mode
+from replnbd.replication.journal import FailoverTarget
+from replnbd.replication.primary import PrimaryDisk
+from replnbd.replication.stage import Command, Stage
+
+
+class PrimaryGroup:
+    """All primary disks of a daemon. Commands run one at a time, in the order they came."""
+
+    mode = "primary"
+
+    def __init__(self, disks: Sequence[PrimaryDisk]) -> None:
+        self.disks = tuple(disks)
+        self._turn = asyncio.Lock()
+        self._closed = False
+
+    def error(self) -> str | None:
+        """What `query-xen-replication-status` answers: None, or the first disk's text."""
+        for disk in reversed(self.disks):
+            if disk.replication_error is not None:
+                return disk.replication_error
+        return None
+
+    async def start(self, mode: str = "primary") -> None:
+        """Stage *none* to *running*: what the standby lacks is copied, what is written is sent.
+        StateError with QEMU's texts."""
+        async with self._turn:
+            for disk in (disks := self._moving(Command.START, mode)):
+                if disk.to is None:
+                    raise StateError(f"'{disk.name}' has no standby: there is no key 'to'")
+            begun: list[PrimaryDisk] = []
+            try:
+                for disk in disks:
+                    await disk.run()
+                    begun.append(disk)
+            except StateError:
+                for disk in begun:
+                    await disk.stop(Stage.NONE)
+                raise
+
+    async def checkpoint(self) -> None:
+        """Until all that was written before has arrived, where there is a way to the standby: what
+        the standby makes a checkpoint of then, is what the primary was."""
+        async with self._turn:
+            disks = self._moving(Command.CHECKPOINT, "primary")
+            await asyncio.gather(*(disk.wait_in_step() for disk in disks))
+
+    async def stop(self, mode: str = "primary") -> None:
+        """Stage *running* to *done*: nothing is sent any more, all is marked."""
+        await self._stop(Command.STOP, mode)
+
+    async def failover(self, target: FailoverTarget | None = None) -> None:
+        """The same: a primary has nothing to take over."""
+        if target is not None:
+            raise StateError("a primary has no view: 'x-replnbd-to' is for the standby")
+        await self._stop(Command.FAILOVER, "primary")
+
+    async def reset(self, *, force: bool = False) -> None:
+        """From *done* back to *none*. With `force`, in *none*: whatever the disk and its standby
+        have in common is forgotten, and everything is compared at the next start."""
+        async with self._turn:
+            disks = self._moving(Command.RESET, "primary")
+            if force and all(disk.stage is Stage.NONE for disk in disks):
+                for disk in disks:
+                    await disk.forget()
+            for disk in disks:
+                await disk.stop(Stage.NONE)
+
+    async def demote(self) -> None:
+        """All disks are a standby's from now on, and are about to be closed. StateError if that
+        cannot be recorded."""
+        async with self._turn:
+            for disk in self.disks:
+                await disk.demote()
+
+    async def close(self) -> None:
+        """An orderly end. OSError if a disk could not be flushed; all others are closed well."""
+        async with self._turn:
+            self._closed = True
+            failures = await asyncio.gather(
+                *(disk.close() for disk in self.disks), return_exceptions=True
+            )
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+    async def _stop(self, command: Command, mode: str) -> None:
+        async with self._turn:
+            for disk in self._moving(command, mode):
+                await disk.stop(Stage.DONE)
+
+    def _moving(self, command: Command, mode: str) -> list[PrimaryDisk]:
+        """The disks that `command` moves on; those that ignore it are left out."""
+        if self._closed:
+            raise StateError("replnbd is shutting down")
+        moving = []
+        for disk in reversed(self.disks):  # QEMU's order
+            if disk.next_stage(command) is None:
+                continue
+            check_mode(disk.mode, mode)
+            moving.append(disk)
+        return moving
