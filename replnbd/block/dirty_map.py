@@ -51,6 +51,8 @@ class DirtyMap:
         self.states = bytearray(self.count)
         self.behind = 0
         """Granules that are BEHIND."""
+        self.proofs = 0
+        """How often something has become CLEAN."""
         self._file = file
         self._start = start
         self._fresh: set[int] = set()
@@ -138,6 +140,10 @@ class DirtyMap:
             return self.states[first] == BEHIND
         return self.states.find(BEHIND, first, last + 1) >= 0
 
+    def is_clean(self, offset: int) -> bool:
+        """Whether the granule at `offset` is CLEAN."""
+        return self.states[offset >> GRANULE_BITS] == CLEAN
+
     def fall_behind(self, offset: int, length: int) -> None:
         """Nothing of a range, which is marked, is on its way (any more)."""
         first, last = offset >> GRANULE_BITS, (offset + length - 1) >> GRANULE_BITS
@@ -212,6 +218,7 @@ class DirtyMap:
         those that have not been written since. If the file cannot be written they stay marked."""
         if self._waiting:
             return  # another time
+        self.proofs += 1
         states = self.states
         for first, count in _runs(sorted(g for g in granules if states[g] == SENT)):
             if not self._unmark(first, count):
@@ -224,8 +231,10 @@ class DirtyMap:
         may write to it meanwhile."""
         first = offset >> GRANULE_BITS
         count = ((offset + length - 1) >> GRANULE_BITS) + 1 - first
+        assert self.states.count(BEHIND, first, first + count) == count
         if self._waiting or not self._unmark(first, count):
             return self.take(offset, length)
+        self.proofs += 1
         self.behind -= count
         self.states[first : first + count] = bytes(count)
         return None

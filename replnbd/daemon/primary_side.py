@@ -60,6 +60,13 @@ class PrimarySide(Side):
         """Whatever becomes of the disks: from now on they are a standby's. StateError."""
         await self.group.demote()
 
+    def verify(self) -> None:
+        """See `control.Backend`."""
+        for disk in self.group.disks:
+            disk.link.check_verify()
+        for disk in self.group.disks:
+            disk.link.verify()
+
     def status(self) -> dict[str, Any]:
         """See `Side`."""
         exports = self.services.server.exports

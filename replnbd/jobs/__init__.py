@@ -3,6 +3,7 @@
     BackupJob   copy-before-write, from a start to a stop or failover
     CommitJob   moves what the overlays hold down into the secondary disk, after a failover
     MirrorJob   copies what a disk's standby lacks
+    VerifyJob   compares a disk with its standby's, by digests
 
 A job is an asyncio task with QEMU's life (qapi/job.json; see job.py). Every change of status is an
 event. A job belongs to who made it: that one waits for its end, and is told of it even when a user
@@ -14,5 +15,6 @@ from replnbd.jobs.commit import CommitJob
 from replnbd.jobs.job import Job, JobStatus
 from replnbd.jobs.mirror import MirrorJob
 from replnbd.jobs.registry import JobRegistry
+from replnbd.jobs.verify import VerifyJob
 
-__all__ = ["BackupJob", "CommitJob", "Job", "JobRegistry", "JobStatus", "MirrorJob"]
+__all__ = ["BackupJob", "CommitJob", "Job", "JobRegistry", "JobStatus", "MirrorJob", "VerifyJob"]

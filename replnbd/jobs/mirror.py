@@ -41,12 +41,18 @@ class MirrorTarget(Protocol):
         """Of what it has, from a granule's `offset` on; they may fall short. None: it cannot tell.
         OSError."""
 
+    async def wait_answered(self, offset: int, length: int) -> None:
+        """Until nothing is in flight in a range that is BEHIND, if order would be lost else."""
+
     def copy(self, offset: int, data: memoryview) -> Awaitable[None]:
         """Send it, in order with all that is written; `data` does not change until it is answered.
         OSError from the awaitable: it was refused, and has fallen behind."""
 
     def copy_zeroes(self, offset: int, length: int) -> Awaitable[None]:
         """The same of zeroes."""
+
+    def nudge(self) -> None:
+        """Something has fallen behind."""
 
 
 class MirrorJob(Job):
@@ -89,7 +95,8 @@ class MirrorJob(Job):
                 if found is not None:
                     position = await self._look_at(*found)
                 elif self._copying:
-                    await asyncio.wait(self._copying, return_when=asyncio.FIRST_COMPLETED)
+                    # All of them, for what a chunk has not taken yet must not be found again.
+                    await asyncio.wait(self._copying)
                     position = 0
                 elif position:
                     position = 0
@@ -162,6 +169,7 @@ class MirrorJob(Job):
 
     async def _copy(self, offset: int, length: int, theirs: Sequence[int | None] | None) -> None:
         try:
+            await self._target.wait_answered(offset, length)  # not under the lock: it may take long
             answers = await self._send(offset, length, theirs)
             self._taken -= length
             for answer in answers:

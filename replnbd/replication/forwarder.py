@@ -10,6 +10,10 @@ whatever the client writes.
 
 A granule is unmarked by *epochs*: once everything that was sent in one has been answered, and the
 copy flushed, what was not written since is proven.
+
+A replnbd keeps the order of overlapping requests of one connection. Others do not (of two writes to
+one block in flight the second one lost in 0.1 to 1 % of the cases with QEMU, in 30 % with nbdkit):
+what is still in flight there is not written again, but falls behind.
 """
 
 from __future__ import annotations
@@ -22,34 +26,13 @@ from functools import partial
 from replnbd.block import Buffer, DirtyMap
 from replnbd.block.nbd_connection import NbdConnection
 from replnbd.nbd import constants as c
+from replnbd.replication.in_flight import Epoch, InFlight
 
 QUEUE_BYTES_MAX = 32 << 20
 """Of payloads that the copy has not acknowledged: 30 ms of what a network of 10 Gbit/s takes."""
 
 UNPROVEN_MAX = 1 << 20
 """Granules. Beyond it (64 GiB written within an epoch, or trimmed) writes fall behind."""
-
-
-class Epoch:
-    """What is sent until the next turn, and has not been answered."""
-
-    __slots__ = ("_answered", "in_flight")
-
-    def __init__(self) -> None:
-        self.in_flight = 0
-        self._answered: asyncio.Future[None] | None = None
-
-    def leave(self) -> None:
-        """One less."""
-        self.in_flight -= 1
-        if not self.in_flight and self._answered is not None and not self._answered.done():
-            self._answered.set_result(None)
-
-    async def wait_answered(self) -> None:
-        """Until nothing is in flight any more; nothing may begin in it any more."""
-        if self.in_flight:
-            self._answered = asyncio.get_running_loop().create_future()
-            await self._answered
 
 
 class Forwarder:
@@ -72,43 +55,68 @@ class Forwarder:
         """The way to the copy."""
         self.alone = False
         """Whether `before_alone` has to be asked."""
-        self.discards = False
-        """Whether what the copy discards reads as zeroes, as here."""
+        self.ours = False
+        """Whether the copy is a replnbd's: it keeps the order of what overlaps, and what it has
+        discarded reads as zeroes, as here."""
         self.bytes_sent = 0
+        self._in_step = False
+        """Whether the copy must not get anything while it lacks something."""
+        self._gap = False
+        """It lacks something, and so gets nothing."""
         self._before_alone = before_alone
         self._on_behind = on_behind
         self._on_bad = on_bad
         self._epoch = Epoch()
+        self._ended: list[Epoch] = []
+        """Those that have ended, and in which something is in flight."""
+        self._proving = asyncio.Lock()
+        self._in_flight = InFlight()
         self._flushing = False
         self._flush_again = False
 
     # Section: the way
 
-    def connect(self, connection: NbdConnection, *, discards: bool) -> None:
-        """From now on what is not BEHIND is sent."""
-        self.connection, self.discards = connection, discards
+    def connect(self, connection: NbdConnection, *, ours: bool) -> None:
+        """From now on what is not BEHIND is sent. `ours`: the copy is a replnbd's."""
+        self.connection, self.ours = connection, ours
+        self._in_step = self._gap = False
+        self._in_flight = InFlight()
         self.alone = False
+
+    def keep_in_step(self) -> None:
+        """From now on, nothing is sent any more once something has fallen behind. If something has
+        already, that is to be copied first."""
+        self._in_step = not self.dirty.behind
+
+    def go_on(self) -> None:
+        """The copy knows that it lacks something: what is not BEHIND is sent again."""
+        self._in_step = self._gap = False
 
     def disconnect(self) -> bool:
         """There is no way any more; whether something was on it that clients believe to be safe."""
         if self.connection is None:
             return False
-        lossy = not self.sync and self._epoch.in_flight > 0
+        in_flight = sum(epoch.in_flight for epoch in (*self._ended, self._epoch))
+        lossy = not self.sync and in_flight > 0
         self.connection = None
         self.dirty.all_fall_behind()
         return lossy
 
     async def prove(self) -> None:
         """End the epoch, and unmark what the copy has got in it. OSError: it cannot be known."""
-        connection = self.connection
-        assert connection is not None
-        granules, epoch = self.dirty.turn(), self._epoch
-        self._epoch = Epoch()
-        await epoch.wait_answered()
-        if connection.can_flush:
+        async with self._proving:  # or one would unmark what another has only begun to prove
+            connection = self.connection
+            if connection is None:
+                raise _no_way()
+            granules = self.dirty.turn()
+            self._ended.append(self._epoch)
+            self._epoch = Epoch()
+            for epoch in tuple(self._ended):
+                await epoch.wait_answered()
+                self._ended.remove(epoch)
             await connection.flush()
-        if self.connection is connection:
-            self.dirty.clear(granules)
+            if self.connection is connection:
+                self.dirty.clear(granules)
 
     # Section: writes (filters.Copy)
 
@@ -133,11 +141,9 @@ class Forwarder:
 
     def failed(self, offset: int, length: int, entered: object) -> None:
         """See `filters.Copy`."""
-        self.dirty.fall_behind(offset, length)
+        self._fall_behind(offset, length)
         if isinstance(entered, Epoch):
             entered.leave()
-        if self.connection is not None:
-            self._on_behind()
 
     def write_nowait(self, offset: int, data: Buffer) -> None:
         """See `filters.Copy`."""
@@ -151,7 +157,7 @@ class Forwarder:
         self, offset: int, length: int, entered: object, *, unmap: bool, discard: bool
     ) -> None:
         """See `filters.Copy`."""
-        if discard and self.discards:
+        if discard and self.ours:
             await self._pass_on(entered, c.CMD_TRIM, 0, offset, length)
             return
         # Elsewhere a TRIM promises nothing of what is read afterwards.
@@ -175,6 +181,11 @@ class Forwarder:
 
     # Section: copying (jobs.MirrorTarget)
 
+    async def wait_answered(self, offset: int, length: int) -> None:
+        """Until nothing is in flight in a range that is BEHIND, if the copy needs that."""
+        if not self.ours:
+            await self._in_flight.wait_without(offset, length)
+
     def copy(self, offset: int, data: memoryview) -> asyncio.Future[None]:
         """Send what is here, which is not BEHIND any more; OSError from the future: it is again."""
         return self._send_copy(c.CMD_WRITE, offset, len(data), data)
@@ -189,9 +200,11 @@ class Forwarder:
         self, command: int, offset: int, length: int, payload: Buffer | None = None
     ) -> asyncio.Future[None]:
         answered = asyncio.get_running_loop().create_future()
-        epoch = self._epoch
+        epoch, in_flight = self._epoch, None if self.ours else self._in_flight
 
         def done(failure: OSError | None) -> None:
+            if in_flight is not None:
+                in_flight.remove(offset, length)
             if failure is not None:
                 self.dirty.fall_behind(offset, length)
             epoch.leave()
@@ -202,8 +215,10 @@ class Forwarder:
                     answered.set_exception(failure)
 
         epoch.in_flight += 1
+        if in_flight is not None:
+            in_flight.add(offset, length)
         if self.connection is None:
-            done(OSError(errno.ENOTCONN, "the way to the standby is lost"))
+            done(_no_way())
         else:
             self.bytes_sent += length if payload is not None else 0
             self.connection.submit(command, 0, offset, length, payload=payload, done=done)
@@ -221,11 +236,14 @@ class Forwarder:
         payload: Buffer | None = None,
     ) -> None:
         assert isinstance(entered, Epoch)
+        connection = self.connection
         answered = asyncio.get_running_loop().create_future() if self.sync else None
         try:
             self._post(command, flags, offset, length, payload, answered)
             if answered is not None:
                 await answered
+                if connection is not None and connection.closed:
+                    await self._before_alone()
         finally:
             entered.leave()
 
@@ -243,44 +261,56 @@ class Forwarder:
         dirty = self.dirty
         if (
             connection is None
+            or self._gap
             or dirty.is_behind(offset, length)
-            or (
-                (connection.bytes_outstanding + length > QUEUE_BYTES_MAX and payload is not None)
-                and answered is None
-            )
+            or (answered is None and connection.bytes_outstanding > QUEUE_BYTES_MAX)
             or dirty.unproven > UNPROVEN_MAX
-            or (payload is None and not self._can_zero(connection, command))
+            or (not self.ours and self._cannot_send(connection, offset, length, payload))
         ):
-            dirty.fall_behind(offset, length)
-            if connection is not None:
-                self._on_behind()
+            self._fall_behind(offset, length)
             if answered is not None:
                 answered.set_result(None)
             return
         epoch = self._epoch
         epoch.in_flight += 1
-        self.bytes_sent += length
-        connection.submit(
-            command, flags, offset, length,
-            payload=payload, done=partial(self._done, epoch, offset, length, answered),
-        )  # fmt: skip
+        if payload is not None:
+            self.bytes_sent += length
+        in_flight = None if self.ours else self._in_flight
+        if in_flight is not None:
+            in_flight.add(offset, length)
+        done = partial(self._done, epoch, in_flight, offset, length, answered)
+        connection.submit(command, flags, offset, length, payload=payload, done=done)
 
-    def _can_zero(self, connection: NbdConnection, command: int) -> bool:
-        return connection.can_trim if command == c.CMD_TRIM else connection.can_zero
+    def _fall_behind(self, offset: int, length: int) -> None:
+        self.dirty.fall_behind(offset, length)
+        if self.connection is not None:
+            self._gap = self._in_step
+            self._on_behind()
+
+    def _cannot_send(
+        self, connection: NbdConnection, offset: int, length: int, payload: Buffer | None
+    ) -> bool:
+        """Of a target that is no replnbd: whether it must not have this request, or not now."""
+        if (offset | length) % connection.block_size_min or (offset, length) in self._in_flight:
+            return True
+        if payload is None:
+            return not connection.can_zero
+        return length > connection.payload_bytes_max
 
     def _done(
         self,
         epoch: Epoch,
+        in_flight: InFlight | None,
         offset: int,
         length: int,
         answered: asyncio.Future[None] | None,
         failure: OSError | None,
     ) -> None:
+        if in_flight is not None:
+            in_flight.remove(offset, length)
         if failure is not None:
-            self.dirty.fall_behind(offset, length)
+            self._fall_behind(offset, length)
             self._on_bad("write", failure, offset, length)
-            if self.connection is not None:
-                self._on_behind()
         epoch.leave()
         if answered is not None and not answered.done():
             answered.set_result(None)
@@ -295,3 +325,7 @@ class Forwarder:
             self._on_bad("flush", failure, 0, self.dirty.size)
         elif self._flush_again and self.connection is connection:
             self._flush_copy(connection)
+
+
+def _no_way() -> OSError:
+    return OSError(errno.ENOTCONN, "the way to the standby is lost")

@@ -23,8 +23,9 @@ from replnbd.events import EventBus
 from replnbd.filters import QuorumNode
 from replnbd.jobs import Job, JobRegistry
 from replnbd.replication.history import History, Role
-from replnbd.replication.link import Link, LinkState
+from replnbd.replication.link import Link
 from replnbd.replication.nodes import GateNode
+from replnbd.replication.session import LinkState
 from replnbd.replication.stage import IO_ERROR, NOT_RUNNING, Command, Stage, next_stage
 
 log = logging.getLogger(__name__)

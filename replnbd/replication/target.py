@@ -71,6 +71,12 @@ def contexts_for(peer: NbdConnection | None) -> tuple[str, ...]:
     return (BASE_ALLOCATION,) if peer is None else (X_REPLNBD_DIGEST, RESYNC)
 
 
+def can_tell(connection: NbdConnection) -> bool:
+    """Whether the target tells digests of all that it has."""
+    # Compact headers have room for a half of each: too little to rely on.
+    return X_REPLNBD_DIGEST in connection.contexts and connection.extended
+
+
 async def ask(peer: NbdConnection) -> PeerState:
     """What the target is. OSError; ValueError if it cannot be understood."""
     buffer = bytearray(min(NODE_BYTES, peer.size))
@@ -88,7 +94,7 @@ async def known_digests(
 ) -> list[tuple[int, int | None]] | None:
     """What can be known of the target's granules from `offset` on: runs of one digest, None where
     there is data of which nothing is known. They may fall short. None: it tells nothing."""
-    if X_REPLNBD_DIGEST in connection.contexts and connection.extended:
+    if can_tell(connection):
         return list((await connection.block_status(offset, length))[X_REPLNBD_DIGEST])
     if BASE_ALLOCATION not in connection.contexts:
         return None

@@ -1,0 +1,263 @@
+"""Session: a link while there is a way.
+
+    connect         to the target's export, and to the one where two replnbd speak (peer.py)
+    compare         whose data both have (lineage.py): what is to be copied, or why nothing may be
+    begin           the target is told, before anything reaches it that it is not to be shown
+    copy            what is BEHIND (MirrorJob), while all other writes are sent
+    end             the target is told that all has arrived: it is in step
+    prove           epoch by epoch, until something falls behind; then begin again
+
+A target that is in step holds at every moment what the source was at some moment: so once something
+falls behind, nothing is sent any more before it has been told of the next beginning.
+
+The target may be a replnbd, which keeps account of all that, or any NBD server: then this side does
+so alone, and goes by its map.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable
+from contextlib import AsyncExitStack, suppress
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from replnbd.block import NbdConnection, parse_nbd_uri
+from replnbd.errors import ProtocolError
+from replnbd.jobs import MirrorJob
+from replnbd.replication.lineage import OUTDATED, STRANGERS, Plan, plan
+from replnbd.replication.peer import Begin, End
+from replnbd.replication.target import (
+    Refused,
+    ask,
+    connect,
+    connect_peer,
+    contexts_for,
+    known_digests,
+    marks,
+    say,
+)
+
+if TYPE_CHECKING:
+    from replnbd.replication.link import Link
+
+PROVE_S = 2.0
+"""An epoch: so much more than necessary a resync compares at most."""
+HEARTBEAT_S = 5.0
+"""How often a target is asked what it is, which also shows that it is there."""
+FAILED_COPY_S = 2.0
+"""Until what the target could not store is sent again."""
+
+
+class LinkState(StrEnum):
+    """See the head of link.py."""
+
+    OFF = "off"
+    CONNECTING = "connecting"
+    REFUSED = "refused"
+    SYNCING = "syncing"
+    LIVE = "live"
+
+
+class Session:
+    """Of a link with the target at the URI `to`; a `jobs.MirrorTarget`."""
+
+    def __init__(self, link: Link, to: str) -> None:
+        self.job: MirrorJob | None = None
+        self._link = link
+        self._to = to
+        self._history = link.history
+        self._forwarder = link.forwarder
+        self._peer: NbdConnection | None = None
+        self._in_step = False
+        """Whether the target says that it is."""
+        self._wake = asyncio.Event()
+        """Something has fallen behind, or the way is lost."""
+        self._lost: OSError | None = None
+
+    async def run(self) -> None:
+        """From connecting to the end of the way, which is an exception: Refused, or OSError,
+        ProtocolError, ValueError, ConfigError."""
+        target = parse_nbd_uri(self._to)
+        async with AsyncExitStack() as stack:
+            self._peer = await connect_peer(target, stack)
+            decided = await self._compare()
+            data = await connect(target, contexts_for(self._peer), stack)
+            self._check(data)
+            await self._mark(decided, data)
+            if self._must_sync:
+                await self._begin(decided)
+            data.on_closed = self._lose
+            self._forwarder.connect(data, ours=self._peer is not None)
+            stack.push_async_callback(self._disconnect)
+            tending = asyncio.get_running_loop().create_task(self._tend())
+            stack.push_async_callback(_end, tending)
+            await self._follow()
+
+    def nudge(self) -> None:
+        """Something has fallen behind."""
+        self._wake.set()
+
+    # Section: before anything is sent
+
+    async def _compare(self) -> Plan:
+        """What has to be done; Refused if it must not."""
+        record = self._history.record
+        if self._peer is None:
+            self._in_step = True  # it does not tell
+            known = record.pair is not None and record.foreign == self._to
+            return Plan.INCREMENTAL if known else Plan.FULL
+        state = await ask(self._peer)
+        if state.size != record.size:
+            raise Refused(f"it has {state.size} bytes, and this disk {record.size}")
+        decided = plan(self._history.claim, state.claim)
+        if state.fenced and decided in (Plan.FULL, Plan.INCREMENTAL, STRANGERS):
+            decided = OUTDATED
+        if not isinstance(decided, Plan):
+            with suppress(OSError):  # it is to know, too
+                await say(self._peer, Begin(claim=self._history.claim, plan=Plan.INCREMENTAL))
+            raise Refused(decided)
+        self._in_step = state.claim.lineage == record.lineage and not state.syncing
+        return decided
+
+    def _check(self, data: NbdConnection) -> None:
+        if data.size != self._history.record.size:
+            raise Refused(f"it has {data.size} bytes, and this disk {self._history.record.size}")
+        if data.read_only:
+            raise Refused("it can only be read")
+
+    async def _mark(self, decided: Plan, data: NbdConnection) -> None:
+        """What the target has otherwise is to be copied."""
+        if decided is Plan.FULL:
+            await self._history.begin_pair(None if self._peer is not None else self._to)
+        elif self._peer is not None:
+            async for offset, length in marks(data):
+                await self._history.map.mark_behind(offset, length)
+
+    @property
+    def _must_sync(self) -> bool:
+        return bool(self._history.map.behind) or not self._in_step
+
+    # Section: while it lasts
+
+    async def _follow(self) -> None:
+        """Bring the target in step, and keep it there. The first sync has begun already."""
+        while True:
+            self._wake.clear()
+            self._check_way()
+            if self._must_sync and not await self._sync():
+                await asyncio.sleep(FAILED_COPY_S)
+                continue
+            if not self._history.map.behind:
+                self._link.set_state(LinkState.LIVE)
+                await self._wake.wait()
+            self._check_way()
+            await self._begin(Plan.INCREMENTAL)
+            self._forwarder.go_on()
+
+    async def _begin(self, decided: Plan) -> None:
+        self._link.set_state(LinkState.SYNCING)
+        self._in_step = False
+        if self._peer is not None:
+            try:
+                await say(self._peer, Begin(claim=self._history.claim, plan=decided))
+            except OSError as exc:
+                if exc.errno == errno.EPERM:
+                    raise Refused(exc.strerror) from exc
+                raise
+
+    async def _sync(self) -> bool:
+        """Whether all has been copied; False: the target could not store all of it."""
+        link = self._link
+        self.job = job = MirrorJob(
+            f"mirror-{link.name}", link.bus, link.source, link.ranges, self._history.map, self
+        )
+        link.jobs.add(job)
+        job.start()
+        await job.wait()
+        self.job = None
+        link.bytes_copied += job.bytes_copied
+        self._check_way()
+        if job.error is not None:
+            link.set_state(LinkState.SYNCING, f"{job.id}: {job.error.strerror}")
+            return False
+        self._forwarder.keep_in_step()
+        if self._history.map.behind:
+            return True  # once more
+        await self._forwarder.prove()
+        lineage = self._history.record.lineage
+        assert lineage is not None
+        if self._peer is not None:
+            await say(self._peer, End(lineage=lineage))
+        await self._history.in_step()
+        self._in_step = True
+        return True
+
+    async def _tend(self) -> None:
+        """What goes on beside: prove, and ask the target how it is."""
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        try:
+            while True:
+                await asyncio.sleep(PROVE_S)
+                if self._history.map.unproven:
+                    await self._forwarder.prove()
+                if self._peer is not None and loop.time() - asked >= HEARTBEAT_S:
+                    state = await ask(self._peer)
+                    asked = loop.time()
+                    if state.fenced:
+                        raise OSError(errno.ESHUTDOWN, OUTDATED)
+        except (OSError, ProtocolError, ValueError) as exc:
+            self._lose(exc if isinstance(exc, OSError) else OSError(errno.EPROTO, str(exc)))
+
+    def _lose(self, reason: OSError) -> None:
+        if self._lost is None:
+            self._lost = reason
+            self._link.way_lost(reason)
+        self._wake.set()
+        if self.job is not None:
+            self.job.give_up()
+        connection = self._forwarder.connection
+        if connection is not None and not connection.closed:
+            connection.abort(reason)
+
+    def _check_way(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    async def _disconnect(self) -> None:
+        """What was on its way is marked."""
+        lossy = self._forwarder.disconnect()
+        job, self.job = self.job, None
+        if job is not None:
+            self._link.bytes_copied += job.bytes_copied
+            job.give_up()
+            await job.wait()
+        await self._link.disconnected(lossy=lossy)
+
+    # Section: MirrorTarget
+
+    async def digests(self, offset: int, length: int) -> list[tuple[int, int | None]] | None:
+        """See `jobs.MirrorTarget`."""
+        connection = self._forwarder.connection
+        if connection is None:
+            raise self._lost or OSError(errno.ENOTCONN, "the way to the standby is lost")
+        return await known_digests(connection, offset, length)
+
+    async def wait_answered(self, offset: int, length: int) -> None:
+        """See `jobs.MirrorTarget`."""
+        await self._forwarder.wait_answered(offset, length)
+
+    def copy(self, offset: int, data: memoryview) -> Awaitable[None]:
+        """See `jobs.MirrorTarget`."""
+        return self._forwarder.copy(offset, data)
+
+    def copy_zeroes(self, offset: int, length: int) -> Awaitable[None]:
+        """See `jobs.MirrorTarget`."""
+        return self._forwarder.copy_zeroes(offset, length)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
