@@ -6,14 +6,16 @@ greets, the client negotiates with `qmp_capabilities`, then each command gets on
 
 Words. A *message* is one JSON value on the wire. A *command* is a message {"execute": name,
 "arguments": {...}, "id": any}; its *reply* echoes the id. An *event* tells all clients that
-something happened. *Out-of-band* commands ("exec-oob") may overtake others; a client that
-negotiated "oob" may ask for it, but none of replnbd's commands needs it, so all refuse it.
+something happened. *Out-of-band* commands ("exec-oob") are for a client that negotiated "oob":
+`yank` and `query-yank` take it. They overtake nothing here; a second connection does.
 The *backend* is what the commands act on.
 
     lexer     bytes -> tokens        a table; no I/O
     wire      tokens -> messages     errors in QEMU's words; replies and events -> bytes; no I/O
     schema    arguments: names and types, errors in QEMU's words
-    commands  name -> arguments and handler; the list of all commands
+    registry  name -> arguments and handler
+    commands  all commands: replication, exports; with
+              job_commands, node_commands
     backend   the Protocol that the daemon implements; control knows nothing else of replication
     session   one client: negotiation, commands in order, replies, events
     throttle  events that may come in floods, once a second
@@ -35,10 +37,15 @@ Laws.
 
 from replnbd.control.backend import Backend
 from replnbd.control.client import ControlClient
+from replnbd.control.node_options import InetServer, MirrorOptions, NbdNodeOptions, UnixServer
 from replnbd.control.server import ControlServer
 
 __all__ = [
     "Backend",
     "ControlClient",
     "ControlServer",
+    "InetServer",
+    "MirrorOptions",
+    "NbdNodeOptions",
+    "UnixServer",
 ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from replnbd.control.node_options import MirrorOptions, NbdNodeOptions
 from replnbd.events import EventBus
 
 JsonObject = dict[str, Any]
@@ -82,8 +83,20 @@ class Backend(Protocol):
     async def job_resume(self, job_id: str) -> None:
         """Let a paused job go on; StateError "Can't resume a job that was not paused"."""
 
-    async def job_cancel(self, job_id: str) -> None:
-        """Cancel a job that `jobs` lists; StateError if its status does not allow it."""
+    async def job_cancel(self, job_id: str, *, force: bool) -> None:
+        """Tell a job that `jobs` lists to end without its work being done, and do not wait for
+        that. Without `force`, one that is ready ends well. StateError if its status does not
+        allow it, "The block job for device 'x' is currently paused" (without `force`)."""
+
+    async def job_complete(self, job_id: str) -> None:
+        """Tell a job that is ready to end well, and do not wait for that. StateError "Job 'x' in
+        state 'running' cannot accept command verb 'complete'"; so with the next two."""
+
+    async def job_finalize(self, job_id: str) -> None:
+        """Let a job that is pending (it was made so that it waits for this) end."""
+
+    async def job_dismiss(self, job_id: str) -> None:
+        """Forget a job that is concluded: `jobs` lists it no longer."""
 
     async def set_speed(self, job_id: str, speed_bytes: int) -> None:
         """Limit a job that `jobs` lists to bytes per second; 0 is no limit, never negative."""
@@ -110,6 +123,37 @@ class Backend(Protocol):
 
     async def nbd_server_stop(self) -> None:
         """Remove every export and stop listening; StateError "NBD server not running"."""
+
+    # Section: the graph
+
+    async def blockdev_add(self, options: NbdNodeOptions) -> None:
+        """Add a node; `block_nodes` lists it from now on. Its name is new. Must not wait for the
+        other server: who uses the node is told of what is wrong with it."""
+
+    async def blockdev_del(self, node_name: str) -> None:
+        """Remove a node that `block_nodes` lists: StateError "Block device x is in use", "Node x
+        is not owned by the monitor" (it was not added)."""
+
+    async def blockdev_mirror(self, options: MirrorOptions) -> None:
+        """Start the job; device and target are different nodes that `block_nodes` lists.
+        ControlError "Invalid job ID 'x'", "Job ID 'x' already in use", "Parameter 'speed' expects
+        a non-negative value"; StateError if these nodes cannot be mirrored, or not now."""
+
+    async def add_child(self, parent: str, node: str) -> None:
+        """`x-blockdev-change`: give `parent` the child `node`; `block_nodes` lists both.
+        StateError "The node x does not support adding a child", "The node x already has a
+        parent"."""
+
+    async def remove_child(self, parent: str, child: str) -> None:
+        """`x-blockdev-change`: take from `parent`, that `block_nodes` lists, its child of that
+        name. StateError "Node 'x' does not have child 'children.7'", "The number of children
+        cannot be lower than the vote threshold 1"."""
+
+    def yankable(self) -> list[str]:
+        """`query-yank`: names of the nodes that `yank` takes."""
+
+    def yank(self, node_name: str) -> None:
+        """Cut the node's connection now, whatever waits for it: that fails. Never waits."""
 
     # Section: the end
 

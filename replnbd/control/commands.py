@@ -9,38 +9,14 @@ that is not there.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
 
+from replnbd.control import job_commands as job_commands
+from replnbd.control import node_commands as node_commands
 from replnbd.control.backend import Backend, JsonObject
-from replnbd.control.schema import Argument
+from replnbd.control.registry import COMMANDS, Arguments, command, listed
+from replnbd.control.schema import Argument, ListOf
 from replnbd.errors import ControlError
 from replnbd.version import __version__
-
-Arguments = dict[str, Any]
-Handler = Callable[[Backend, Arguments], Awaitable[Any]]
-
-
-class Command(NamedTuple):
-    """`arguments` in the order in which they are checked."""
-
-    name: str
-    handler: Handler
-    arguments: Sequence[Argument] = ()
-
-
-COMMANDS: dict[str, Command] = {}
-"""All commands."""
-
-
-def _command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        assert name not in COMMANDS
-        COMMANDS[name] = Command(name, handler, arguments)
-        return handler
-
-    return register
-
 
 # Section: about this server
 
@@ -60,19 +36,19 @@ def version() -> JsonObject:
     }
 
 
-@_command("query-version")
+@command("query-version")
 async def query_version(backend: Backend, arguments: Arguments) -> JsonObject:
     """VersionInfo: replnbd's version in the shape of QEMU's; see `version`."""
     return version()
 
 
-@_command("query-commands")
+@command("query-commands")
 async def query_commands(backend: Backend, arguments: Arguments) -> list[JsonObject]:
     """The names of all commands."""
     return [{"name": name} for name in COMMANDS]
 
 
-@_command("qmp_capabilities", Argument("enable", list, optional=True, choices=("oob",)))
+@command("qmp_capabilities", Argument("enable", ListOf(str), optional=True, choices=("oob",)))
 async def qmp_capabilities(backend: Backend, arguments: Arguments) -> JsonObject:
     """A second negotiation, which is refused: the session itself answers the first."""
     raise ControlError(
@@ -80,7 +56,7 @@ async def qmp_capabilities(backend: Backend, arguments: Arguments) -> JsonObject
     )
 
 
-@_command("quit")
+@command("quit")
 async def quit_(backend: Backend, arguments: Arguments) -> JsonObject:
     """Begin the orderly end of the daemon. The event comes before the reply, as from QEMU."""
     backend.events.emit("SHUTDOWN", guest=False, reason="host-qmp-quit")
@@ -91,7 +67,7 @@ async def quit_(backend: Backend, arguments: Arguments) -> JsonObject:
 # Section: replication
 
 
-@_command(
+@command(
     "xen-set-replication",
     Argument("enable", bool),
     Argument("primary", bool),
@@ -111,28 +87,28 @@ async def xen_set_replication(backend: Backend, arguments: Arguments) -> JsonObj
     return {}
 
 
-@_command("query-xen-replication-status")
+@command("query-xen-replication-status")
 async def query_xen_replication_status(backend: Backend, arguments: Arguments) -> JsonObject:
     """Whether replication has an error, and which."""
     error = backend.replication_error()
     return {"error": False} if error is None else {"error": True, "desc": error}
 
 
-@_command("xen-colo-do-checkpoint")
+@command("xen-colo-do-checkpoint")
 async def xen_colo_do_checkpoint(backend: Backend, arguments: Arguments) -> JsonObject:
     """Move the standby's view on to now, on all disks."""
     await backend.checkpoint()
     return {}
 
 
-@_command("x-replnbd-reset", Argument("force", bool, optional=True))
+@command("x-replnbd-reset", Argument("force", bool, optional=True))
 async def x_replnbd_reset(backend: Backend, arguments: Arguments) -> JsonObject:
     """Make stopped or failed-over disks ready for replication; `force`: whatever is lost."""
     await backend.reset(arguments.get("force", False))
     return {}
 
 
-@_command("x-replnbd-replicate", Argument("to", str), Argument("device", str, optional=True))
+@command("x-replnbd-replicate", Argument("to", str), Argument("device", str, optional=True))
 async def x_replnbd_replicate(backend: Backend, arguments: Arguments) -> JsonObject:
     """After a failover: send the disk, and what is written to it, to a standby at the NBD URI `to`,
     for good. `device`: which disk, if there are several."""
@@ -140,88 +116,30 @@ async def x_replnbd_replicate(backend: Backend, arguments: Arguments) -> JsonObj
     return {}
 
 
-@_command("x-replnbd-demote")
+@command("x-replnbd-demote")
 async def x_replnbd_demote(backend: Backend, arguments: Arguments) -> JsonObject:
     """Make a primary's disks those of a standby, for good: for the peer that has taken over."""
     await backend.demote()
     return {}
 
 
-@_command("x-replnbd-verify")
+@command("x-replnbd-verify")
 async def x_replnbd_verify(backend: Backend, arguments: Arguments) -> JsonObject:
     """Compare all disks with their standbys, by digests, in a job verify-NAME each."""
     await backend.verify()
     return {}
 
 
-@_command("x-replnbd-status")
+@command("x-replnbd-status")
 async def x_replnbd_status(backend: Backend, arguments: Arguments) -> JsonObject:
     """All that is known of every disk."""
     return backend.status()
 
 
-# Section: jobs
-
-
-@_command("query-jobs")
-async def query_jobs(backend: Backend, arguments: Arguments) -> list[JsonObject]:
-    """JobInfo of every job."""
-    return backend.jobs()
-
-
-@_command("query-block-jobs")
-async def query_block_jobs(backend: Backend, arguments: Arguments) -> list[JsonObject]:
-    """BlockJobInfo of every job."""
-    return backend.block_jobs()
-
-
-def _job_id(backend: Backend, arguments: Arguments) -> str:
-    job_id: str = arguments["id"]
-    if not _listed(backend.jobs(), "id", job_id):
-        raise ControlError("Job not found")
-    return job_id
-
-
-@_command("job-pause", Argument("id", str))
-async def job_pause(backend: Backend, arguments: Arguments) -> JsonObject:
-    """Pause a job; "Job not found"."""
-    await backend.job_pause(_job_id(backend, arguments))
-    return {}
-
-
-@_command("job-resume", Argument("id", str))
-async def job_resume(backend: Backend, arguments: Arguments) -> JsonObject:
-    """Let a paused job go on; "Job not found"."""
-    await backend.job_resume(_job_id(backend, arguments))
-    return {}
-
-
-@_command("job-cancel", Argument("id", str))
-async def job_cancel(backend: Backend, arguments: Arguments) -> JsonObject:
-    """Cancel a job; "Job not found"."""
-    await backend.job_cancel(_job_id(backend, arguments))
-    return {}
-
-
-@_command("block-job-set-speed", Argument("device", str), Argument("speed", int))
-async def block_job_set_speed(backend: Backend, arguments: Arguments) -> JsonObject:
-    """Limit a job to `speed` bytes per second, 0 for no limit.
-
-    The error class for a job that is not there is DeviceNotActive.
-    """
-    job_id, speed_bytes = arguments["device"], arguments["speed"]
-    if not _listed(backend.jobs(), "id", job_id):
-        raise ControlError(f"Block job '{job_id}' not found", "DeviceNotActive")
-    if speed_bytes < 0:
-        raise ControlError("Parameter 'speed' expects a non-negative value")
-    await backend.set_speed(job_id, speed_bytes)
-    return {}
-
-
 # Section: nodes and exports
 
 
-@_command("query-named-block-nodes", Argument("flat", bool, optional=True))
+@command("query-named-block-nodes", Argument("flat", bool, optional=True))
 async def query_named_block_nodes(backend: Backend, arguments: Arguments) -> list[JsonObject]:
     """BlockDeviceInfo of every node.
 
@@ -230,13 +148,13 @@ async def query_named_block_nodes(backend: Backend, arguments: Arguments) -> lis
     return backend.block_nodes()
 
 
-@_command("query-block-exports")
+@command("query-block-exports")
 async def query_block_exports(backend: Backend, arguments: Arguments) -> list[JsonObject]:
     """BlockExportInfo of every export."""
     return backend.block_exports()
 
 
-@_command(
+@command(
     "nbd-server-add",
     Argument("name", str, optional=True),
     Argument("description", str, optional=True),
@@ -250,7 +168,7 @@ async def nbd_server_add(backend: Backend, arguments: Arguments) -> JsonObject:
     No node here has bitmaps, so each is "not found".
     """
     device: str = arguments["device"]
-    if not _listed(backend.block_nodes(), "node-name", device):
+    if not listed(backend.block_nodes(), "node-name", device):
         raise ControlError(f"Cannot find device='{device}' nor node-name='{device}'")
     if "bitmap" in arguments:
         raise ControlError(f"Bitmap '{arguments['bitmap']}' is not found")
@@ -263,7 +181,7 @@ async def nbd_server_add(backend: Backend, arguments: Arguments) -> JsonObject:
     return {}
 
 
-@_command(
+@command(
     "nbd-server-remove",
     Argument("name", str),
     Argument("mode", str, optional=True, choices=("safe", "hard")),
@@ -271,21 +189,17 @@ async def nbd_server_add(backend: Backend, arguments: Arguments) -> JsonObject:
 async def nbd_server_remove(backend: Backend, arguments: Arguments) -> JsonObject:
     """Remove an export: "safe" fails while it has clients, "hard" cuts them off."""
     name = arguments["name"]
-    if not _listed(backend.block_exports(), "id", name):
+    if not listed(backend.block_exports(), "id", name):
         raise ControlError(f"Export '{name}' is not found")
     await backend.nbd_server_remove(name, arguments.get("mode", "safe"))
     return {}
 
 
-@_command("nbd-server-stop")
+@command("nbd-server-stop")
 async def nbd_server_stop(backend: Backend, arguments: Arguments) -> JsonObject:
     """Remove every export and stop listening for NBD clients."""
     await backend.nbd_server_stop()
     return {}
-
-
-def _listed(objects: list[JsonObject], member: str, value: str) -> bool:
-    return any(item[member] == value for item in objects)
 
 
 QUERIES = frozenset(name for name in COMMANDS if name.startswith("query-")) | {"x-replnbd-status"}

@@ -7,7 +7,8 @@ import logging
 from typing import Any
 
 from replnbd.control.backend import Backend
-from replnbd.control.commands import COMMANDS, QUERIES, Command, version
+from replnbd.control.commands import QUERIES, version
+from replnbd.control.registry import COMMANDS, Command
 from replnbd.control.schema import check_arguments
 from replnbd.control.wire import JsonParser, Malformed, encode, error_message
 from replnbd.errors import ControlError, ReplnbdError
@@ -154,7 +155,7 @@ class Session:
         command = COMMANDS.get(name)
         if command is None:
             raise ControlError(f"The command {name} has not been found", "CommandNotFound")
-        if "exec-oob" in message:
+        if "exec-oob" in message and not command.oob:
             raise ControlError(f"The command {name} does not support OOB")
         return command, message.get("arguments", {})
 

@@ -1,7 +1,9 @@
 """Throttle: events that a failing disk would send thousands of times a second, once a second.
 
 As QEMU does it (BLOCK_IO_ERROR per device, since 10.0): the first of a kind goes out at once; of
-those that follow within the interval, the last goes out at its end. Without it, a full hidden
+those that follow within the interval, the last goes out at its end. QEMU has one kind of
+QUORUM_REPORT_BAD for each node; here reads are another one than writes, because who watches for the
+loss of a standby heeds writes only. Without it, a full hidden
 overlay would flood every client, and lose those that read but once in a while.
 """
 
@@ -14,7 +16,11 @@ INTERVAL_S = 1.0
 """QEMU's."""
 
 # The members of the event's data that tell two kinds of it apart.
-_KINDS = {"BLOCK_IO_ERROR": ("device", "operation")}
+_KINDS = {
+    "BLOCK_IO_ERROR": ("device", "operation"),
+    "QUORUM_REPORT_BAD": ("node-name", "type"),
+    "QUORUM_FAILURE": ("reference",),
+}
 
 Message = dict[str, Any]
 

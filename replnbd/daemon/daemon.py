@@ -12,6 +12,8 @@ from replnbd.daemon.activation import PassedSockets
 from replnbd.daemon.config import Config, TlsConfig
 from replnbd.daemon.demotion import begins_as_standby, demoted
 from replnbd.daemon.describe import describe_node
+from replnbd.daemon.graph import Graph, GraphControl, NotConnected
+from replnbd.daemon.job_control import JobControl
 from replnbd.daemon.primary_side import PrimarySide
 from replnbd.daemon.side import Services, Side
 from replnbd.daemon.standby_side import StandbySide
@@ -28,7 +30,7 @@ CLOSE_TIMEOUT_S = 3.0
 """How long clients get to take their last replies; what is then left of 5 s flushes the disks."""
 
 
-class Daemon:
+class Daemon(JobControl, GraphControl):
     """A running replnbd: `async with Daemon(config) as daemon`, or `open` and `close`.
 
     Implements `replnbd.control.Backend`; library users drive it by the same methods, or by
@@ -43,6 +45,7 @@ class Daemon:
         self._passed = passed or PassedSockets()
         self.events = EventBus()
         self.jobs_registry = JobRegistry()
+        self.graph = Graph(self.jobs_registry, NotConnected)
         self.server = NbdServer(
             self.events,
             tls=_credentials(config.tls),
@@ -100,9 +103,11 @@ class Daemon:
         if self._control is not None:
             self._control.refuse_changes("replnbd is shutting down")
         await self.server.close(timeout_s=CLOSE_TIMEOUT_S)
+        await self.graph.end_jobs()
         try:
             await self.side.close()
         finally:
+            await self.graph.close()
             if self._control is not None:
                 await self._control.close()
                 self._control = None
@@ -170,37 +175,11 @@ class Daemon:
         self.side = await self._new_side()
         await self.side.open([])
 
-    # Section: jobs (Backend)
-
-    def jobs(self) -> list[dict[str, Any]]:
-        """`query-jobs`; see `control.Backend`."""
-        return [job.describe() for job in self.jobs_registry]
-
-    def block_jobs(self) -> list[dict[str, Any]]:
-        """`query-block-jobs`; see `control.Backend`."""
-        return [job.describe_block_job() for job in self.jobs_registry]
-
-    async def job_pause(self, job_id: str) -> None:
-        """`job-pause`; see `control.Backend`."""
-        self.jobs_registry.get(job_id).pause()
-
-    async def job_resume(self, job_id: str) -> None:
-        """`job-resume`; see `control.Backend`."""
-        self.jobs_registry.get(job_id).resume()
-
-    async def job_cancel(self, job_id: str) -> None:
-        """`job-cancel`; see `control.Backend`."""
-        self.jobs_registry.get(job_id).cancel()
-
-    async def set_speed(self, job_id: str, speed_bytes: int) -> None:
-        """`block-job-set-speed`; see `control.Backend`."""
-        self.jobs_registry.get(job_id).set_speed(speed_bytes)
-
     # Section: nodes and exports (Backend)
 
     def block_nodes(self) -> list[dict[str, Any]]:
         """`query-named-block-nodes`; see `control.Backend`."""
-        return [describe_node(node) for node in self.side.nodes()]
+        return [describe_node(node) for node in self.side.nodes()] + self.graph.describe()
 
     def block_exports(self) -> list[dict[str, Any]]:
         """`query-block-exports`; see `control.Backend`."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from replnbd.block import BlockNode, FileNode
+from replnbd.control import InetServer, NbdNodeOptions
 from replnbd.qcow2 import Qcow2Node
 from replnbd.replication import History, PrimaryDisk, StandbyDisk
 from replnbd.server import Export
@@ -95,27 +96,39 @@ def describe_node(node: BlockNode) -> dict[str, Any]:
     BlockDeviceInfo): what is fixed for every node of ours is there because clients demand it."""
     path, actual_size = _file_of(node)
     format_name = "raw" if isinstance(node, FileNode) else node.driver
-    image: dict[str, Any] = {
-        "filename": path,
-        "format": format_name,
-        "virtual-size": node.size,
-    }
+    description = _block_device_info(node.name, format_name, path, node.size)
     if actual_size is not None:
-        image["actual-size"] = actual_size
+        description["image"]["actual-size"] = actual_size
+    description["backing_file_depth"] = _backing_depth(node)
+    if isinstance(node, Qcow2Node) and node.header.backing_file is not None:
+        description["backing_file"] = node.header.backing_file
+    return description
+
+
+def describe_remote(options: NbdNodeOptions, size: int) -> dict[str, Any]:
+    """The same of a node that is another server's export."""
+    server = options.server
+    if isinstance(server, InetServer):
+        uri = f"nbd://{server.host}:{server.port}/{options.export}"
+    else:
+        uri = f"nbd+unix:///{options.export}?socket={server.path}"
+    description = _block_device_info(options.node_name, "nbd", uri, size)
+    return description | {"detect_zeroes": options.detect_zeroes}
+
+
+def _block_device_info(node_name: str, driver: str, file: str, size: int) -> dict[str, Any]:
     description: dict[str, Any] = {
-        "node-name": node.name,
-        "drv": format_name,
-        "file": path,
+        "node-name": node_name,
+        "drv": driver,
+        "file": file,
         "ro": False,
         "encrypted": False,
         "detect_zeroes": "off",
         "write_threshold": 0,
         "cache": {"no-flush": False, "direct": False, "writeback": True},
-        "image": image,
-        "backing_file_depth": _backing_depth(node),
+        "image": {"filename": file, "format": driver, "virtual-size": size},
+        "backing_file_depth": 0,
     }
-    if isinstance(node, Qcow2Node) and node.header.backing_file is not None:
-        description["backing_file"] = node.header.backing_file
     for limit in ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"):
         description[limit] = 0  # no throttling
     return description

@@ -9,7 +9,7 @@ from replnbd.errors import ControlError
 from replnbd.jobs.job import Job, JobStatus
 
 _WELL_FORMED = re.compile(r"[a-zA-Z][a-zA-Z0-9._-]*")
-_RESERVED = ("backup-", "commit-")
+_RESERVED = ("backup-", "commit-", "mirror-", "verify-")
 """What the ids of the disks' own jobs begin with."""
 
 

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from replnbd.control import MirrorOptions, NbdNodeOptions
 from replnbd.errors import StateError
 from replnbd.events import EventBus
 
@@ -84,8 +85,17 @@ class FakeBackend:
     async def job_resume(self, job_id: str) -> None:
         self.calls.append(("job_resume", job_id))
 
-    async def job_cancel(self, job_id: str) -> None:
-        self.calls.append(("job_cancel", job_id))
+    async def job_cancel(self, job_id: str, *, force: bool) -> None:
+        self.calls.append(("job_cancel", job_id, force))
+
+    async def job_complete(self, job_id: str) -> None:
+        self.calls.append(("job_complete", job_id))
+
+    async def job_finalize(self, job_id: str) -> None:
+        self.calls.append(("job_finalize", job_id))
+
+    async def job_dismiss(self, job_id: str) -> None:
+        self.calls.append(("job_dismiss", job_id))
 
     async def set_speed(self, job_id: str, speed_bytes: int) -> None:
         self.calls.append(("set_speed", job_id, speed_bytes))
@@ -107,6 +117,27 @@ class FakeBackend:
     async def nbd_server_stop(self) -> None:
         self.calls.append(("nbd_server_stop",))
 
+    async def blockdev_add(self, options: NbdNodeOptions) -> None:
+        self.calls.append(("blockdev_add", options))
+
+    async def blockdev_del(self, node_name: str) -> None:
+        self.calls.append(("blockdev_del", node_name))
+
+    async def blockdev_mirror(self, options: MirrorOptions) -> None:
+        self.calls.append(("blockdev_mirror", options))
+
+    async def add_child(self, parent: str, node: str) -> None:
+        self.calls.append(("add_child", parent, node))
+
+    async def remove_child(self, parent: str, child: str) -> None:
+        self.calls.append(("remove_child", parent, child))
+
+    def yankable(self) -> list[str]:
+        return ["nbd0"]
+
+    def yank(self, node_name: str) -> None:
+        self.calls.append(("yank", node_name))
+
     async def quit(self) -> None:
         self.calls.append(("quit",))
 
@@ -121,6 +152,9 @@ class EmptyBackend(FakeBackend):
         return []
 
     def block_exports(self) -> list[dict[str, Any]]:
+        return []
+
+    def yankable(self) -> list[str]:
         return []
 
     async def nbd_server_stop(self) -> None:

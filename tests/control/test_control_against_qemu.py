@@ -293,6 +293,24 @@ ARGUMENTS = {
         '"name":true',
     ],
     "nbd-server-stop": ["", '"x":1'],
+    "job-complete": ["", '"id":"x"', '"id":5'],
+    "job-finalize": ["", '"id":"x"'],
+    "job-dismiss": ["", '"id":"x"', '"device":"x"'],
+    "block-job-pause": ["", '"device":"x"', '"id":"x"'],
+    "block-job-resume": ["", '"device":"x"'],
+    "block-job-complete": ["", '"device":"x"'],
+    "block-job-finalize": ["", '"id":"x"'],
+    "block-job-dismiss": ["", '"id":"x"', '"device":"x"'],
+    "block-job-cancel": [
+        "",
+        '"device":"x"',
+        '"device":5',
+        '"force":true',
+        '"device":"x","force":1',
+        '"device":"x","force":true',
+        '"device":"x","y":1',
+    ],
+    "query-yank": ['"x":1'],
 }
 
 

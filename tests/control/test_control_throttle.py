@@ -96,3 +96,21 @@ def test_close_sends_what_is_held_and_stops_the_clock() -> None:
     assert recorder.sent == [(0, 1), (0, 2)]
     recorder.clock.advance(10)
     assert recorder.sent == [(0, 1), (0, 2)]
+
+
+def report(recorder: Recorder, n: int, node: str, kind: str) -> None:
+    data = {"type": kind, "error": "gone", "node-name": node, "sector-num": 0, "n": n}
+    recorder.throttle.pass_on({"event": "QUORUM_REPORT_BAD", "data": data})
+
+
+def test_a_bad_child_is_reported_once_a_second_for_each_of_its_operations() -> None:
+    recorder = Recorder()
+    for n in range(0, 40, 4):
+        report(recorder, n, "nbd0", "write")
+        report(recorder, n + 1, "nbd0", "read")
+        report(recorder, n + 2, "nbd1", "write")
+        report(recorder, n + 3, "nbd0", "flush")
+        recorder.clock.advance(INTERVAL_S / 20)
+    assert recorder.sent == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    recorder.clock.advance(10)
+    assert recorder.sent[4:] == [(1, 36), (1, 37), (1, 38), (1, 39)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replnbd.control.schema import Argument, check_arguments
+from replnbd.control.schema import Argument, ListOf, Object, Union, Unsigned, check_arguments
 from replnbd.control.wire import (
     MESSAGE_SIZE_MAX,
     NESTING_DEPTH_MAX,
@@ -140,3 +140,48 @@ def test_arguments_are_checked_in_the_order_of_declaration() -> None:
         check_arguments(declared, {"z": 1, "b": True, "a": True})
     with pytest.raises(ControlError, match="'z' is unexpected"):
         check_arguments(declared, {"z": 1, "a": True})
+
+
+NESTED = Union(
+    (Argument("kind", str, choices=("a", "b", "c")), Argument("base", Unsigned(16), optional=True)),
+    "kind",
+    {
+        "a": (Argument("list", ListOf(Object((Argument("x", int),)))),),
+        "b": (Argument("inner", Object((Argument("y", str, choices=("on", "off")),))),),
+        "c": "there is no c today",
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "desc"),
+    [
+        ({}, "Parameter 'kind' is missing"),
+        ({"kind": "d"}, "Parameter 'kind' does not accept value 'd'"),
+        ({"kind": "c", "z": 1}, "there is no c today"),
+        ({"kind": "c", "base": -1}, "Parameter 'base' expects uint16_t"),
+        ({"kind": "a"}, "Parameter 'list' is missing"),
+        ({"kind": "a", "list": {}}, "Invalid parameter type for 'list', expected: array"),
+        ({"kind": "a", "list": [1]}, "Invalid parameter type for 'list[0]', expected: object"),
+        ({"kind": "a", "list": [{"x": 1}, {}]}, "Parameter 'list[1].x' is missing"),
+        ({"kind": "a", "list": [{"x": 1, "y": 2}]}, "Parameter 'list[0].y' is unexpected"),
+        ({"kind": "a", "list": [], "inner": {}}, "Parameter 'inner' is unexpected"),
+        ({"kind": "b", "inner": {"y": "x"}}, "Parameter 'y' does not accept value 'x'"),
+        (
+            {"kind": "b", "inner": {"y": 1}},
+            "Invalid parameter type for 'inner.y', expected: string",
+        ),
+    ],
+)
+def test_nested_arguments_are_named_by_their_path(given: dict[str, Any], desc: str) -> None:
+    with pytest.raises(ControlError) as caught:
+        check_arguments(NESTED, given)
+    assert str(caught.value) == desc
+
+
+def test_nested_arguments_that_fit_are_given_back() -> None:
+    for arguments in (
+        {"kind": "a", "base": 65535, "list": [{"x": 1}, {"x": -1}]},
+        {"kind": "b", "inner": {"y": "off"}},
+    ):
+        assert check_arguments(NESTED, arguments) == arguments

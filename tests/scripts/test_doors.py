@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from replnbd.cli import cli
-from replnbd.control.commands import COMMANDS
+from replnbd.control.registry import COMMANDS
 from replnbd.daemon import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
