@@ -62,6 +62,7 @@ class NbdNode(BlockNode):
     ) -> None:
         """Takes over `connection`; use `open`."""
         self.target = target
+        self.path = str(target)
         self.name = name
         self.size = connection.size
         self.read_only = read_only

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import click
 
+from replnbd.block import is_nbd_uri, parse_nbd_uri
 from replnbd.daemon import (
     Config,
     DiskConfig,
@@ -103,9 +104,12 @@ def secondary(
 ) -> None:
     """Run the daemon for one secondary disk.
 
-    All is said by options; relative paths are from the working directory.
+    DISK is a file, or what another server has, by its NBD URI. All else is said by options;
+    relative paths are from the working directory.
     """
-    name = name or Path(disk).name.partition(".")[0]
+    if not name:
+        remote = is_nbd_uri(disk)
+        name = parse_nbd_uri(disk).export if remote else Path(disk).name.partition(".")[0]
     table = DiskConfig(
         name=name,
         mode="secondary",

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from replnbd.block.nbd_uri import parse_nbd_uri
+from replnbd.block import is_nbd_uri, parse_nbd_uri
 from replnbd.errors import ConfigError
 from replnbd.server import WRITE_TIMEOUT_S
 
@@ -68,7 +68,8 @@ class TlsConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_o
 
 
 class DiskConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
-    """One [[disk]] table. Paths are absolute after `load_config` and `secondary_disk`."""
+    """One [[disk]] table. Paths are absolute after `load_config` and `secondary_disk`; `secondary`
+    may be an NBD URI instead."""
 
     name: str
     mode: str | None = None
@@ -95,10 +96,11 @@ class DiskConfig(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_
     @property
     def image_format(self) -> str:
         """ "raw" or "qcow2", by `format` or the file's name; never by its content, because a
-        guest can write a qcow2 header into its raw disk (CVE-2008-2004)."""
+        guest can write a qcow2 header into its raw disk (CVE-2008-2004). What another server
+        exports is a raw disk, whatever it is called."""
         if self.format is not None:
             return self.format
-        return "qcow2" if self.image.endswith(".qcow2") else "raw"
+        return "qcow2" if self.image.endswith(".qcow2") and not is_nbd_uri(self.image) else "raw"
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -147,7 +149,7 @@ def check_config(config: Config, directory: Path) -> Config:
         if not server.control or "\0" in server.control:
             raise ConfigError("[server] key 'control': needs the path of a socket")
         server.control = str(directory / server.control)
-    server.listen = [_absolute_socket(uri, directory) for uri in server.listen]
+    server.listen = [_absolute_paths(uri, directory) for uri in server.listen]
     if config.tls is not None:
         _check_tls(config.tls, directory)
     mode = server.socket_mode
@@ -178,9 +180,11 @@ def check_config(config: Config, directory: Path) -> Config:
             if name is not None:
                 taken[name] = f"the {key} of [[disk]] {number}"
         for key in PATHS[str(disk.mode)]:
-            if getattr(disk, key) is None:
+            file = getattr(disk, key)
+            if file is None:
                 continue
-            file = os.path.normpath(getattr(disk, key))
+            if not is_nbd_uri(file):
+                file = os.path.normpath(file)
             if file in files:
                 raise ConfigError(f"{where} key '{key}': {file} is also {files[file]}")
             files[file] = f"the {key} of [[disk]] {number}"
@@ -195,10 +199,13 @@ def check_config(config: Config, directory: Path) -> Config:
     return config
 
 
-def _absolute_socket(uri: str, directory: Path) -> str:
-    """A unix URI with the path of its socket made absolute; any other URI as it is."""
+_PATH_IN_URI = re.compile(r"([?&](?:socket|tls-certificates|tls-psk-file)=)(?!/|%2[Ff]|%00)")
+
+
+def _absolute_paths(uri: str, directory: Path) -> str:
+    """An NBD URI with the paths in it (of its socket, of credentials) made absolute."""
     absolute = f"{quote(str(directory))}/"
-    return re.sub(r"([?&]socket=)(?!/|%2[Ff])", lambda match: match[1] + absolute, uri, count=1)
+    return _PATH_IN_URI.sub(lambda match: match[1] + absolute, uri)
 
 
 def _check_tls(tls: TlsConfig, directory: Path) -> None:
@@ -251,6 +258,12 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
             raise ConfigError(f"key '{key}' belongs to mode = \"primary\"")
     if not disk.secondary:
         raise ConfigError("key 'secondary' is missing: the file of the secondary disk")
+    if is_nbd_uri(disk.secondary):
+        disk.secondary = _check_remote("secondary", disk.secondary, disk.format, directory)
+        for key in ("hidden", "active"):
+            if not getattr(disk, key):
+                raise ConfigError(f"key '{key}' is missing: with an NBD URI it has no default")
+        disk.history = disk.history or f"{disk.hidden}.history"
     disk.hidden = disk.hidden or f"{disk.secondary}.hidden.qcow2"
     disk.active = disk.active or f"{disk.secondary}.active.qcow2"
     disk.format = disk.image_format  # type: ignore[assignment]
@@ -269,13 +282,13 @@ def _check_primary(disk: DiskConfig, directory: Path) -> None:
             raise ConfigError(f"key '{name}' belongs to mode = \"secondary\"")
     if not disk.disk:
         raise ConfigError("key 'disk' is missing: the file of the local disk")
+    if is_nbd_uri(disk.disk):
+        disk.disk = _check_remote("disk", disk.disk, disk.format, directory)
+        if disk.history is None:
+            raise ConfigError("key 'history' is missing: with an NBD URI it has no default")
     if disk.to is not None:
-        disk.to = _absolute_socket(disk.to, directory)
-        try:
-            target = parse_nbd_uri(disk.to)
-        except ConfigError as exc:
-            raise ConfigError(f"key 'to': {exc}") from None
-        if not target.export:
+        disk.to = _check_remote("to", disk.to, None, directory)
+        if not parse_nbd_uri(disk.to).export:
             raise ConfigError(f"key 'to': {disk.to} names no export: that of the standby's disk")
     disk.format = disk.image_format  # type: ignore[assignment]
     _check_count("key 'max-connections'", disk.max_connections)
@@ -289,7 +302,26 @@ def _make_absolute(disk: DiskConfig, directory: Path) -> None:
             continue
         if "\0" in path:
             raise ConfigError(f"key '{key}': a path cannot have a NUL")
+        if is_nbd_uri(path):
+            if key not in ("disk", "secondary"):
+                raise ConfigError(f"key '{key}': this has to be a file of this host, not {path}")
+            continue
         setattr(disk, key, str(directory / path))
+
+
+def _check_remote(key: str, uri: str, image_format: str | None, directory: Path) -> str:
+    """The URI of a disk that another NBD server has, with absolute paths."""
+    uri = _absolute_paths(uri, directory)
+    try:
+        parse_nbd_uri(uri)
+    except ConfigError as exc:
+        raise ConfigError(f"key '{key}': {exc}") from None
+    if image_format == "qcow2":
+        raise ConfigError(
+            "key 'format': over NBD a disk is raw; let its server open the qcow2 image"
+            " (qemu-nbd -f qcow2)"
+        )
+    return uri
 
 
 def _check_count(where: str, count: int | None) -> None:

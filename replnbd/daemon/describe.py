@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from replnbd.block import BlockNode, FileNode
+from replnbd.block import BlockNode, FileNode, NbdNode
 from replnbd.control import InetServer, NbdNodeOptions
 from replnbd.qcow2 import Qcow2Node
 from replnbd.replication import History, PrimaryDisk, StandbyDisk
@@ -95,7 +95,7 @@ def describe_node(node: BlockNode) -> dict[str, Any]:
     """A member of the answer to `query-named-block-nodes` (qapi/block-core.json,
     BlockDeviceInfo): what is fixed for every node of ours is there because clients demand it."""
     path, actual_size = _file_of(node)
-    format_name = "raw" if isinstance(node, FileNode) else node.driver
+    format_name = "raw" if isinstance(node, FileNode | NbdNode) else node.driver
     description = _block_device_info(node.name, format_name, path, node.size)
     if actual_size is not None:
         description["image"]["actual-size"] = actual_size

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
-from replnbd.block import BlockNode, FileNode
+from replnbd.block import BlockNode, FileNode, NbdNode, is_nbd_uri
 from replnbd.daemon.config import DiskConfig
 from replnbd.daemon.histories import make_history, open_history
 from replnbd.errors import ConfigError, ImageUnsupportedError
@@ -36,13 +36,18 @@ async def open_image(
 ) -> BlockNode:
     """Open a disk image as a node; close it when done.
 
-    `format` is "raw" or "qcow2"; None: qcow2 if the name ends so, else raw, never guessed from
+    `path` may be an NBD URI (see `parse_nbd_uri`): then the disk is what that server exports, and
+    raw. `format` is "raw" or "qcow2"; None: qcow2 if the name ends so, else raw, never guessed from
     the content. `backing` is what a qcow2's unallocated ranges show: the name that its header
     records is never opened. The file is locked, as QEMU locks it, until the node is closed.
     `power_safe` (None: a disk is, an overlay is not) and `last_end`: see `open_qcow2`.
 
     Raises ConfigError (missing, unreadable, in use, unknown format) or ImageError (damaged).
     """
+    if isinstance(path, str) and is_nbd_uri(path):
+        if format not in (None, "raw"):
+            raise ConfigError(f"cannot open {path}: over NBD a disk is raw, not {format}")
+        return await NbdNode.open(path, read_only=read_only, name=name)
     path = os.fspath(path)
     if format is None:
         format = "qcow2" if path.endswith(".qcow2") else "raw"
@@ -178,12 +183,16 @@ async def _open_overlay(
 
 def _relative(target: str, overlay: str) -> str:
     """`target` as an image beside it should name it: it stays true when both move together."""
+    if is_nbd_uri(target):
+        return target
     name = os.path.relpath(target, os.path.dirname(overlay))
     # "a:b" would be a protocol and a name to QEMU.
     return f"./{name}" if ":" in name.split("/", 1)[0] else name
 
 
 def _same_file(recorded: str, overlay: str, configured: str) -> bool:
+    if is_nbd_uri(configured):
+        return recorded == configured
     try:
         return os.path.samefile(os.path.join(os.path.dirname(overlay), recorded), configured)
     except (OSError, ValueError):

@@ -7,6 +7,9 @@
                                         with durability "power"; with "process" it cannot be
                                         trusted: it is lost, and never served
 
+A secondary disk on another server has no time stamps: it is taken for what it was, if it has the
+size that it had. Whether that server's host has failed, nobody here knows.
+
 A lost view is not deleted: its overlays are set aside under `FILE.lost`. What a second power
 failure finds in their place, before there is a view again, is of no use to anybody, and goes.
 """
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import msgspec
 
-from replnbd.block import FileNode
+from replnbd.block import FileNode, is_nbd_uri
 from replnbd.block.directory import new_file, rename_file, sync_directory, sync_file
 from replnbd.block.threads import run_blocking
 from replnbd.daemon.config import IMAGES, DiskConfig
@@ -169,7 +172,8 @@ async def stamp_files(disks: Sequence[DiskConfig]) -> dict[str, FileStamp]:
     for disk in disks:
         for key in IMAGES:
             path = getattr(disk, key)
-            await run_blocking(sync_file, path)  # a time stamp is none of what a flush is for
+            if not is_nbd_uri(path):
+                await run_blocking(sync_file, path)  # a time stamp is none of what a flush is for
             stamps[_role(disk, key)] = _stamp(path)
     return stamps
 
@@ -270,6 +274,8 @@ def _role(disk: DiskConfig, key: str) -> str:
 
 
 def _stamp(path: str) -> FileStamp:
+    if is_nbd_uri(path):
+        return FileStamp(0, 0)
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         return FileStamp(0, 0)  # the name of a device: says nothing of its content

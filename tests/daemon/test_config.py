@@ -16,6 +16,7 @@ DISK = '[[disk]]\nname = "vm0"\nmode = "secondary"\ntop-id = "top0"\nsecondary =
 OTHER = '[[disk]]\nname = "vm1"\nmode = "secondary"\ntop-id = "top1"\nsecondary = "vm1.raw"\n'
 PRIMARY = '[[disk]]\nname = "vm0"\nmode = "primary"\ndisk = "vm0.raw"\n'
 IN_DISK = "[[disk]] 1 ('vm0')"
+OVERLAYS = 'hidden = "h"\nactive = "a"\n'
 TLS = "[tls]\ncertificate = 'x.pem'\nclient-ca = 'ca.pem'\n"
 TLS_FILES = ("certificate", "key", "client-ca", "psk")
 KNOWN_BY = "certificates or keys, which needs [tls] key 'client-ca' or 'psk'"
@@ -283,6 +284,39 @@ MISTAKES = {
         "[server]\ndefault-export = 'vm1'\n" + DISK,
         "[server] key 'default-export': there is no export 'vm1'",
     ),
+    # A secondary disk on another server
+    **{
+        f"secondary {uri}": (
+            DISK.replace("vm0.raw", uri) + OVERLAYS,
+            f"{IN_DISK}: key 'secondary': not an NBD URI that can be used: {uri}: {why}",
+        )
+        for uri, why in {
+            "nbd://host:x/disk": "Port could not be cast to integer value as 'x'",
+            "nbd+unix:///disk": "it needs a socket: nbd+unix:///EXPORT?socket=PATH",
+            "nbd://host/disk?tls-hostname=x": "a user and parameters of TLS are for nbds:// and"
+            " nbds+unix://",
+        }.items()
+    },
+    "qcow2 over NBD": (
+        DISK.replace("vm0.raw", "nbd://host/disk") + OVERLAYS + 'format = "qcow2"',
+        f"{IN_DISK}: key 'format': over NBD a disk is raw; let its server open the qcow2 image"
+        " (qemu-nbd -f qcow2)",
+    ),
+    "an NBD URI without overlays": (
+        DISK.replace("vm0.raw", "nbd://host/disk") + 'hidden = "h"',
+        f"{IN_DISK}: key 'active' is missing: with an NBD URI it has no default",
+    ),
+    "an overlay over NBD": (
+        DISK + 'hidden = "nbd://host/hidden"',
+        f"{IN_DISK}: key 'hidden': an overlay is a file of this host, not nbd://host/hidden",
+    ),
+    "an NBD URI twice": (
+        DISK.replace("vm0.raw", "nbd://h/d")
+        + OVERLAYS
+        + OTHER.replace("vm1.raw", "nbd://h/d")
+        + 'hidden = "h1"\nactive = "a1"',
+        "[[disk]] 2 ('vm1') key 'secondary': nbd://h/d is also the secondary of [[disk]] 1",
+    ),
     # Not TOML
     "no TOML": (
         "listen nbd://",
@@ -351,6 +385,32 @@ def test_relative_paths_are_those_of_the_configurations_directory(
         assert first.active == "/a"
         assert second.hidden == f"{folder}/vm1.raw.hidden.qcow2"
         assert second.active == f"{folder}/vm1.raw.active.qcow2"
+
+
+@pytest.mark.parametrize(
+    ("uri", "absolute"),
+    [
+        ("nbd://host/disk", "nbd://host/disk"),
+        ("nbd://host/x.qcow2", "nbd://host/x.qcow2"),
+        ("nbd+unix:///x?socket=s", "nbd+unix:///x?socket=HERE/s"),
+        ("nbd+unix:///x?socket=/s", "nbd+unix:///x?socket=/s"),
+        ("nbd+unix:///x?socket=%00s", "nbd+unix:///x?socket=%00s"),
+        (
+            "nbds+unix:///x?socket=s&tls-certificates=pki",
+            "nbds+unix:///x?socket=HERE/s&tls-certificates=HERE/pki",
+        ),
+        ("nbds://me@h/x?tls-psk-file=keys", "nbds://me@h/x?tls-psk-file=HERE/keys"),
+    ],
+)
+def test_the_secondary_may_be_an_nbd_uri_with_paths_of_the_configurations_directory(
+    tmp_path: Path, uri: str, absolute: str
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(DISK.replace("vm0.raw", uri) + OVERLAYS)
+    (disk,) = load_config(path).disk
+    assert disk.secondary == absolute.replace("HERE", str(tmp_path))
+    assert disk.format == "raw"
+    assert disk.hidden == f"{tmp_path}/h"
 
 
 def test_what_is_not_said_has_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
