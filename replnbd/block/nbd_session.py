@@ -38,7 +38,8 @@ OWN_WRITE_MIN = 32 << 10
 """A payload from here on is a write of its own, and not moved into the batch."""
 
 _TICKS = 4  # of the watch, in one timeout
-_SIGN_OF_LIFE_BYTES = 4096
+_SIGN_OF_LIFE_BYTES = 4096  # received in a tick
+_PROGRESS_BYTES = 64 << 10  # sent in a tick: a large payload on a slow line is no silence
 
 
 class NbdSession(asyncio.BufferedProtocol):
@@ -79,8 +80,8 @@ class NbdSession(asyncio.BufferedProtocol):
         # The watch
         self._tick_s = response_timeout_s / _TICKS
         self._silent_ticks = 0
-        self._seen = (0, 0)
-        self._bytes_arrived = 0
+        self._seen = (0, 0, 0)
+        self._bytes_arrived = self._bytes_written = 0
 
     # Section: the session's life
 
@@ -164,7 +165,11 @@ class NbdSession(asyncio.BufferedProtocol):
     def _tick(self) -> None:
         """The watch: end a session in which replies are owed and none comes."""
         replies = self._replies
-        seen = (self._cookie - len(replies.pending), self._bytes_arrived // _SIGN_OF_LIFE_BYTES)
+        seen = (
+            self._cookie - len(replies.pending),
+            self._bytes_arrived // _SIGN_OF_LIFE_BYTES,
+            (self._bytes_written - self._transport.get_write_buffer_size()) // _PROGRESS_BYTES,
+        )
         alive = not replies.pending or seen != self._seen
         self._seen = seen
         self._silent_ticks = 0 if alive else self._silent_ticks + 1
@@ -274,12 +279,14 @@ class NbdSession(asyncio.BufferedProtocol):
         self._write_batch()
         # The transport keeps what it cannot send at once, and the caller may change his buffer.
         self._transport.write(payload if type(payload) is bytes else bytes(payload))
+        self._bytes_written += len(payload)
 
     def _write_batch(self) -> None:
         batch = self._batch
         if batch:
             self._batch = bytearray()
             self._transport.write(batch)
+            self._bytes_written += len(batch)
 
     def _flush(self) -> None:
         self._flush_scheduled = False

@@ -74,7 +74,7 @@ class NbdNode(BlockNode):
         self._reconnecting: asyncio.Task[None] | None = None
         self._retry_s = 0.0
         self._patience_ends = 0.0
-        self._changed = asyncio.Event()  # there is a session, or there will be none
+        self._waiting: set[asyncio.Future[None]] = set()  # for a session, or the news of none
         self._flush_failure: OSError | None = None
         self._adopt(connection)
         # A server that knows blocks only: a part of one is written by reading the rest of it. What
@@ -237,7 +237,8 @@ class NbdNode(BlockNode):
             try:
                 await session.write_zeroes(offset, length, unmap=unmap, fast=fast)
             except OSError as exc:
-                if fast or session.closed or exc.errno != errno.ENOTSUP:
+                # EOVERFLOW: it would take too much of the server, all at once.
+                if fast or session.closed or exc.errno not in (errno.ENOTSUP, errno.EOVERFLOW):
                     raise
                 return False
             return True
@@ -294,22 +295,25 @@ class NbdNode(BlockNode):
         while self._connection.closed:
             if self._over is not None:
                 raise OSError(errno.EIO, self._over.strerror)
-            remaining_s = min(deadline, self._patience_ends) - self._loop.time()
-            if remaining_s <= 0:
+            ends = min(deadline, self._patience_ends)
+            if self._loop.time() >= ends:
                 raise OSError(errno.EIO, f"{self.name}: no session with {self.target}")
+            # No asyncio.timeout: operations need not run in a task.
+            ready = self._loop.create_future()
+            timer = self._loop.call_at(ends, _wake, ready)
+            self._waiting.add(ready)
             try:
-                async with asyncio.timeout(remaining_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
+                await ready
+            finally:
+                timer.cancel()
+                self._waiting.discard(ready)
         return self._connection
 
     def _adopt(self, connection: NbdConnection) -> None:
         self._connection = connection
         self._began = self._loop.time()
-        if not connection.closed:
-            self._changed.set()
         connection.on_closed = self._lost
+        self._wake_all()
 
     def _lost(self, reason: OSError) -> None:
         if self._over is not None:
@@ -319,7 +323,6 @@ class NbdNode(BlockNode):
         if now - self._began > RETRY_MAX_S:
             self._retry_s = 0.0
         self._patience_ends = now + self._reconnect_delay_s
-        self._changed.clear()
         self._reconnecting = self._loop.create_task(self._reconnect())
 
     async def _reconnect(self) -> None:
@@ -358,7 +361,16 @@ class NbdNode(BlockNode):
 
     def _end(self, reason: OSError) -> None:
         self._over = reason
-        self._changed.set()
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        for ready in self._waiting:
+            _wake(ready)
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 async def _connect_in_time(target: NbdTarget, open_timeout_s: float) -> NbdConnection:

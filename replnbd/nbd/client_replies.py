@@ -223,10 +223,27 @@ class ClientReplies:
         return at + length
 
     def _offset_data(self, at: int, end: int, cookie: int, length: int, final: bool) -> int:
+        command, asked, asked_length, cost, done, progress = self._transaction(cookie)
         if end - at < 8:
-            self._transaction(cookie)  # even so it must be known
             return 0
-        start = self._place(cookie, _unpack_offset(self._stage, at)[0], length - 8)
+        (offset,) = _unpack_offset(self._stage, at)
+        # Nearly always the first chunk is all there is: 2 µs instead of 5.
+        if (
+            final
+            and command == c.CMD_READ
+            and offset == asked
+            and length == 8 + asked_length
+            and end - at >= length
+            and progress is not None
+            and progress.untouched
+        ):
+            if progress.into is not None:
+                progress.into[:] = self._view[at + 8 : at + length]
+            del self.pending[cookie]
+            self.bytes_outstanding -= cost
+            done(None)
+            return at + length
+        start = self._place(cookie, offset, length - 8)
         return self._data(at + 8, end, cookie, start, length - 8, final)
 
     def _data(
@@ -237,7 +254,7 @@ class ClientReplies:
         if got < length <= WHOLE_MAX:
             return 0
         progress = self._progress(cookie)
-        progress.coverage.add(start, start + length)
+        progress.cover(start, start + length)
         into = progress.into
         if into is not None:
             into[start : start + got] = self._view[at : at + got]
@@ -254,7 +271,7 @@ class ClientReplies:
         offset, hole = _HOLE.unpack_from(self._stage, at)
         start = self._place(cookie, offset, hole)
         progress = self._progress(cookie)
-        progress.coverage.add(start, start + hole)
+        progress.cover(start, start + hole)
         if progress.into is not None:
             into = progress.into[start : start + hole]
             for done in range(0, hole, len(_ZEROES)):

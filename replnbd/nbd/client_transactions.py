@@ -62,7 +62,7 @@ class Progress:
     """How far a reply has come. `into`: where a READ's bytes go; None: nobody wants them any more.
     `statuses`: of a BLOCK_STATUS, by context id."""
 
-    __slots__ = ("coverage", "errors", "failure", "into", "statuses")
+    __slots__ = ("_coverage", "errors", "failure", "into", "statuses")
 
     def __init__(
         self,
@@ -71,9 +71,20 @@ class Progress:
     ) -> None:
         self.into = into
         self.statuses = {} if statuses is None else statuses
-        self.coverage = Coverage()
         self.failure: OSError | None = None
         self.errors = 0
+        self._coverage: Coverage | None = None
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing has come yet."""
+        return self._coverage is None and self.failure is None
+
+    def cover(self, start: int, end: int) -> None:
+        """Count a chunk of a READ; ProtocolError if it overlaps another."""
+        if self._coverage is None:
+            self._coverage = Coverage()
+        self._coverage.add(start, end)
 
     def fail(self, failure: OSError) -> None:
         """An error chunk came; the first one counts."""
@@ -87,11 +98,13 @@ class Progress:
         if self.failure is not None:
             return self.failure
         where = f"{command_name(command)} at {offset} of {length} bytes"
-        if command == c.CMD_READ and self.coverage.total != length:
-            text = f"{where}: the server sent only {self.coverage.total} bytes"
+        covered = 0 if self._coverage is None else self._coverage.total
+        if command == c.CMD_READ and covered != length:
+            text = f"{where}: the server sent only {covered} bytes"
             return OSError(errno.EIO, text)
-        if command == c.CMD_BLOCK_STATUS and len(self.statuses) != contexts:
-            text = f"{where}: the server told of {len(self.statuses)} contexts, not of {contexts}"
+        told = len(self.statuses)
+        if command == c.CMD_BLOCK_STATUS and told != contexts:
+            text = f"{where}: the server told of {told} contexts, not of {contexts}"
             return OSError(errno.EIO, text)
         return None
 

@@ -8,7 +8,7 @@ import errno
 import os
 import random
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,3 +268,100 @@ async def test_a_server_that_shuts_down_is_left_softly(short_dir: Path) -> None:
     assert failure.errno == errno.ESHUTDOWN
     assert "bye" in str(failure)
     assert (await heard)[:8] == struct.pack(">IHH", 0x21E41C71, 0, 2)
+
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def entered(folder: Path, then: Handler) -> AsyncIterator[str]:
+    """A server whose handshake is good; `then` has the rest."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            for turn, asked in zip(OPTIONS, ASKED, strict=False):
+                writer.write(turn)
+                if turn is not OPTIONS[-1]:
+                    await reader.readexactly(asked)
+            await then(reader, writer)
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_unix_server(serve, folder / "s"):
+        yield f"nbd+unix:///?socket={folder}/s"
+
+
+@on_both_loops
+async def test_a_server_that_does_not_read_is_given_up(short_dir: Path) -> None:
+    over = asyncio.Event()
+
+    async def sleep(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await over.wait()
+
+    async with entered(short_dir, sleep) as address:
+        connection = await connect_nbd(parse_nbd_uri(address), response_timeout_s=0.2)
+        with pytest.raises(OSError, match="not answered") as caught:
+            await connection.pwrite(0, bytes(16 << 20))
+        assert caught.value.errno == errno.ETIMEDOUT
+        await connection.close()
+        over.set()
+
+
+@pytest.mark.slow
+@on_both_loops
+async def test_a_slow_line_is_no_silence(short_dir: Path) -> None:
+    length = 4 << 20
+
+    async def read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        left = 32 + length
+        while left:
+            left -= len(await reader.read(min(left, 150_000)))
+            await asyncio.sleep(0.02)
+        writer.write(chunk(0, 1, 0))
+        await reader.read(1000)
+
+    async with entered(short_dir, read) as address:
+        connection = await connect_nbd(parse_nbd_uri(address), response_timeout_s=0.25)
+        await connection.pwrite(0, bytes(length))  # takes a second
+        await connection.close()
+
+
+@on_both_loops
+async def test_a_trickle_is_silence(short_dir: Path) -> None:
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(32)
+        writer.write(chunk(1, 1, 0, struct.pack(">Q", 0) + b"x" * 100_000)[:40])
+        while True:
+            writer.write(b"x")
+            await asyncio.sleep(0.005)
+            await writer.drain()
+
+    async with entered(short_dir, trickle) as address:
+        connection = await connect_nbd(parse_nbd_uri(address), response_timeout_s=0.2)
+        with pytest.raises(OSError, match="not answered"):
+            await connection.pread(0, memoryview(bytearray(100_000)))
+        await connection.close()
+
+
+@on_both_loops
+async def test_nothing_is_left_of_attempts_that_failed(short_dir: Path) -> None:
+    for turns in range(len(OPTIONS)):
+        said = [*OPTIONS[:turns], OPTIONS[turns][:-1]]
+        for ending in ("close", "silence", "noise"):
+            async with scripted(short_dir, Script(said, ending)) as address:
+                before = set(os.listdir("/proc/self/fd"))
+                target = parse_nbd_uri(address)
+                with pytest.raises((OSError, ProtocolError)):
+                    await connect_nbd(target, timeout_s=0.05)
+                attempt = asyncio.ensure_future(connect_nbd(target))
+                await asyncio.sleep(0.01)
+                attempt.cancel()
+                await asyncio.wait([attempt])
+                for _ in range(100):  # the server's ends close in their own time
+                    if set(os.listdir("/proc/self/fd")) == before:
+                        break
+                    await asyncio.sleep(0.01)
+                else:
+                    raise AssertionError(f"after {turns} turns and {ending} there are more files")

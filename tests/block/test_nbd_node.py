@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 import pytest
-from nbd_support import fresh_seed, nbdkit, on_both_loops, qemu_nbd, served, uri
+from nbd_support import fresh_seed, nbdkit, on_both_loops, qemu_nbd, served, session, uri
 from peers import Process
 
 from replnbd.block import Extent, FileNode, MemoryNode, NbdNode, each_extent, read_bytes
@@ -320,6 +320,32 @@ async def test_without_patience_requests_fail_and_later_ones_succeed(short_dir: 
         await asyncio.sleep(0.02)
     await node.pwrite(0, b"x" * 512)
     assert await read_bytes(node, 0, 512) == b"x" * 512
+    await node.close()
+    server.kill()
+
+
+@on_both_loops
+async def test_replnbd_serves_a_remote_disk_that_dies_and_comes_back(short_dir: Path) -> None:
+    """Operations run outside of tasks there, until they wait."""
+    server = Server(short_dir)
+    server.start()
+    node = await NbdNode.open(uri(short_dir), reconnect_delay_s=20)
+    other = short_dir / "front"
+    other.mkdir()
+    async with served(other, node) as address, session(address) as client:
+        await client.pwrite(100, b"one")
+        server.kill()
+        waiting = [client.pwrite(at * 512, bytes([at]) * 512) for at in range(1, 20)]
+        tasks = [asyncio.ensure_future(each) for each in waiting]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in tasks)
+        server.start()
+        await asyncio.gather(*tasks)
+        await client.flush()
+        got = bytearray(20 * 512)
+        await client.pread(0, memoryview(got))
+        assert got[100:103] == b"one"
+        assert got[512:] == b"".join(bytes([at]) * 512 for at in range(1, 20))
     await node.close()
     server.kill()
 
