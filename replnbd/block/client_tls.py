@@ -8,6 +8,7 @@ server has the key that we have; it needs Python 3.13.
 from __future__ import annotations
 
 import binascii
+import errno
 import getpass
 import os
 import ssl
@@ -46,12 +47,12 @@ def client_context(target: NbdTarget) -> ssl.SSLContext:
 
 def check_server(target: NbdTarget, server: ssl.SSLObject) -> None:
     """After TLS has begun: with a key, that it was used. OpenSSL goes on without it when the server
-    shows a certificate instead. ssl.SSLError."""
+    shows a certificate instead. OSError."""
     if target.psk_file is None:
         return
     suite = server.cipher() or ("", "", 0)
     if "PSK" not in suite[0] and not server.session_reused:  # OpenSSL's word for it, in TLS 1.3
-        raise ssl.SSLError("the server did not use the key")
+        raise OSError(errno.EACCES, "the server does not prove that it has the key")
 
 
 def _load_certificates(context: ssl.SSLContext, target: NbdTarget, directory: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
+import socket
 import ssl
 from pathlib import Path
 
@@ -166,11 +168,13 @@ async def test_a_server_that_only_says_it_has_tls(
     await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("ending", ["shutdown", "silence"])
 @pytest.mark.parametrize("moment", ["option", "request"])
 @on_both_loops
 async def test_tls_that_ends_without_a_word_ends_the_session(
-    short_dir: Path, world: World, moment: str
+    short_dir: Path, world: World, moment: str, ending: str
 ) -> None:
+    over = asyncio.Event()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(world.server / "server-cert.pem", world.server / "server-key.pem")
 
@@ -190,39 +194,59 @@ async def test_tls_that_ends_without_a_word_ends_the_session(
             )
             writer.write(head + b"\7\0\0\0\1\0\0\0\0")
             await reader.readexactly(32)
-        writer.transport.get_extra_info("socket").shutdown(2)
+        if ending == "silence":
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await over.wait()
+        descriptor = os.dup(writer.get_extra_info("socket").fileno())
+        with socket.socket(fileno=descriptor) as sock:
+            sock.shutdown(socket.SHUT_RDWR)  # TLS knows nothing of it
+        writer.transport.abort()
 
     server = await asyncio.start_unix_server(serve, short_dir / "s")
     async with server:
         address = f"nbds+unix:///?socket={short_dir}/s&tls-certificates={world.bare}"
         started = asyncio.get_running_loop().time()
-        with pytest.raises(OSError, match=r"closed|TLS|reset|EOF"):
-            async with session(address, contexts=()) as connection:
+        limits = {"timeout_s": 0.5, "response_timeout_s": 0.5}
+        with pytest.raises(OSError, match=r"closed|TLS|reset|EOF|answer"):
+            async with session(address, contexts=(), **limits) as connection:
                 await connection.pread(0, memoryview(bytearray(512)))
         assert asyncio.get_running_loop().time() - started < 5
+        over.set()
+        await asyncio.sleep(0.02)
 
 
-@pytest.mark.skipif(PSK_AVAILABLE, reason="this Python has PSK")
-async def test_psk_needs_a_newer_python(short_dir: Path) -> None:
-    (short_dir / "keys").write_text("me:00112233\n")
-    with nbdkit(short_dir, "memory", str(SIZE)):
-        target = parse_nbd_uri(
-            f"nbds+unix://me@/?socket={short_dir}/s&tls-psk-file={short_dir}/keys"
-        )
-        with pytest.raises(ConfigError, match=r"3\.13"):
-            await connect_nbd(target)
-
-
-@pytest.mark.skipif(not PSK_AVAILABLE, reason="this Python has no PSK")
 @on_both_loops
-async def test_psk_with_nbdkit(short_dir: Path) -> None:
-    (short_dir / "keys").write_text("me:00112233445566778899aabbccddeeff\n")
-    (short_dir / "other").write_text("me:ff112233445566778899aabbccddeeff\n")
-    options = ["--tls=require", f"--tls-psk={short_dir}/keys"]
-    with nbdkit(short_dir, *options, "memory", str(SIZE)):
+async def test_keys_where_python_has_them(short_dir: Path) -> None:
+    keys = {
+        "keys": "you:11\nme:00112233445566778899aabbccddeeff\n",
+        "other": "me:ff112233445566778899aabbccddeeff\n",
+        "not-mine": "you:00112233445566778899aabbccddeeff\n",
+        "broken": "me:xyz\n",
+    }
+    for name, text in keys.items():
+        (short_dir / name).write_text(text)
+    with nbdkit(short_dir, "--tls=require", f"--tls-psk={short_dir}/keys", "memory", str(SIZE)):
         address = f"nbds+unix://me@/?socket={short_dir}/s&tls-psk-file={short_dir}"
+        if not PSK_AVAILABLE:
+            with pytest.raises(ConfigError, match=r"this Python has no TLS-PSK; it needs 3\.13"):
+                await round_trip(f"{address}/keys")
+            return
         await round_trip(f"{address}/keys")
         await refused(f"{address}/other")
+        for name in ("not-mine", "broken", "none"):
+            with pytest.raises(ConfigError, match=name):
+                await round_trip(f"{address}/{name}")
+
+
+@on_both_loops
+async def test_with_a_key_a_certificate_does_not_do(short_dir: Path, world: World) -> None:
+    """OpenSSL would go on with it, and without the key."""
+    (short_dir / "keys").write_text("me:00112233445566778899aabbccddeeff\n")
+    options = ["--tls=require", f"--tls-certificates={world.server}"]
+    with nbdkit(short_dir, *options, "memory", str(SIZE)):
+        address = f"nbds+unix://me@/?socket={short_dir}/s&tls-psk-file={short_dir}/keys"
+        with pytest.raises((OSError, ConfigError), match=r"prove|3\.13"):
+            await round_trip(address)
 
 
 @pytest.mark.parametrize(
