@@ -15,9 +15,12 @@ import pytest
 from nbd_support import nbdkit, on_both_loops, qemu_nbd, reachable_port, session
 from peers import Authority, Process
 
-from replnbd.block import connect_nbd, parse_nbd_uri
+from replnbd.block import MemoryNode, connect_nbd, parse_nbd_uri
 from replnbd.block.client_tls import PSK_AVAILABLE
 from replnbd.errors import ConfigError
+from replnbd.events import EventBus
+from replnbd.server import Export, NbdServer
+from replnbd.server.tls import Tls, TlsFiles
 
 SIZE = 1 << 20
 GREETING = b"NBDMAGICIHAVEOPT\0\3"
@@ -133,6 +136,28 @@ async def test_qemu_nbd_with_tls(short_dir: Path, world: World) -> None:
         with pytest.raises(OSError, match="wants TLS") as caught:
             await connect_nbd(parse_nbd_uri(f"nbd+unix:///?socket={short_dir}/s"))
         assert caught.value.errno == errno.EACCES
+
+
+@on_both_loops
+async def test_replnbd_itself_with_tls_and_extended_headers(world: World) -> None:
+    files = TlsFiles(
+        str(world.server / "server-cert.pem"),
+        str(world.server / "server-key.pem"),
+        str(world.server / "ca-cert.pem"),
+    )
+    server = NbdServer(EventBus(), tls=Tls(files))
+    server.add_export(Export("disk", MemoryNode(SIZE)))
+    await server.listen("nbds://127.0.0.1:0")
+    try:
+        (address,) = server.uris
+        address = f"{address}/disk?tls-certificates="
+        await round_trip(f"{address}{world.client}")
+        await refused(f"{address}{world.bare}")
+        await refused(f"{address}{world.stranger}")
+        with pytest.raises(OSError, match="wants TLS"):
+            await connect_nbd(parse_nbd_uri(server.uris[0].replace("nbds", "nbd") + "/disk"))
+    finally:
+        await server.close()
 
 
 @on_both_loops

@@ -352,6 +352,36 @@ async def test_replnbd_serves_a_remote_disk_that_dies_and_comes_back(short_dir: 
 
 @pytest.mark.slow
 @on_both_loops
+async def test_a_server_that_ends_in_an_orderly_way_and_comes_back(short_dir: Path) -> None:
+    """replnbd answers by ESHUTDOWN then; nobody but the node hears of it."""
+    file = MemoryNode(SIZE)
+    async with served(short_dir, file) as address:
+        node = await NbdNode.open(address, reconnect_delay_s=20)
+        await node.pwrite(0, b"old")
+        ending = asyncio.Event()
+
+        async def write() -> int:
+            count = 0
+            while not ending.is_set():
+                await node.pwrite(4096 + count % 100, b"x")
+                count += 1
+            return count
+
+        writing = [asyncio.ensure_future(write()) for _ in range(4)]
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)
+    async with served(short_dir, file):
+        while not node.connected:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        ending.set()
+        assert min(await asyncio.gather(*writing)) > 10
+        assert await read_bytes(node, 0, 3) == b"old"
+        await node.close()
+
+
+@pytest.mark.slow
+@on_both_loops
 async def test_patience_ends(short_dir: Path) -> None:
     server = Server(short_dir)
     server.start()
