@@ -304,7 +304,8 @@ def _make_absolute(disk: DiskConfig, directory: Path) -> None:
             raise ConfigError(f"key '{key}': a path cannot have a NUL")
         if is_nbd_uri(path):
             if key not in ("disk", "secondary"):
-                raise ConfigError(f"key '{key}': this has to be a file of this host, not {path}")
+                what = "a history" if key == "history" else "an overlay"
+                raise ConfigError(f"key '{key}': {what} is a file of this host, not {path}")
             continue
         setattr(disk, key, str(directory / path))
 
