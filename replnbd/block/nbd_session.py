@@ -240,7 +240,8 @@ class NbdSession(asyncio.BufferedProtocol):
         """Send a request, valid for this export; its cookie. `done` is told once how it ended, and
         not before this returns: by the reply, or by the session's end.
 
-        A WRITE needs its `payload`, which is the caller's again at once; a READ its `buffer`, which
+        A WRITE needs its `payload`, which is the caller's again at once (or, if it is a read-only
+        view, does not change before the end, and is not copied); a READ its `buffer`, which
         is not before the end (`forget`); `statuses` gets a BLOCK_STATUS's descriptors, by context
         id. 4 KiB written and acknowledged: 3 µs, if there are many at a time.
         """
@@ -278,7 +279,8 @@ class NbdSession(asyncio.BufferedProtocol):
     def _write_alone(self, payload: Buffer) -> None:
         self._write_batch()
         # The transport keeps what it cannot send at once, and the caller may change his buffer.
-        self._transport.write(payload if type(payload) is bytes else bytes(payload))
+        kept = isinstance(payload, bytes) or (isinstance(payload, memoryview) and payload.readonly)
+        self._transport.write(payload if kept else bytes(payload))
         self._bytes_written += len(payload)
 
     def _write_batch(self) -> None:

@@ -19,7 +19,7 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
-from replnbd.block import BlockNode, DirtyMap, RangeLock, each_extent
+from replnbd.block import BlockNode, DirtyMap, Extent, RangeLock, each_extent
 from replnbd.block.digest import GRANULE, digest_of, digest_of_zeroes
 from replnbd.events import EventBus
 from replnbd.jobs.job import Job
@@ -29,6 +29,9 @@ CHUNK = 1 << 20
 
 CHUNKS_MAX = 8
 """At a time: enough to be compared here, compared there and on the way."""
+
+WINDOW = 16 << 20
+"""Bytes of the source that are looked at for holes at a time; more where there is nothing else."""
 
 RUN = 1 << 30
 """Bytes that are asked about at a time; what is no hole is answered in pieces."""
@@ -78,7 +81,9 @@ class MirrorJob(Job):
         self._dirty = dirty
         self._target = target
         self._copying: set[asyncio.Task[None]] = set()
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
+        self._buffers: list[bytearray] = []
+        """Of chunks that have ended: a new one would have to be cleared first."""
         self._taken = 0
         """Bytes in chunks that have begun and not ended."""
 
@@ -116,46 +121,44 @@ class MirrorJob(Job):
         """Begin to copy the first part of a run that is BEHIND; returns its end."""
         theirs = await self._target.digests(offset, length)
         if theirs is None:
-            count = min(CHUNK, length)
-            await self._begin(offset, count, None)
-            return offset + count
+            theirs = [(min(CHUNK, length), None)]
         values: list[int | None] = []
-        covered = 0
+        end = offset
         for count, value in theirs:
-            covered += count
+            end += count
             values += [value] * -(-count // GRANULE)
-        end = offset + covered
-        position = offset
+        position, window = offset, WINDOW
         while position < end:
-            at = (position - offset) // GRANULE
-            hole = 0
-            if values[at] == _ZERO_DIGEST:
-                hole = await self._skip_hole(position, _run_of(values, at, end - position))
-            if not hole:
-                hole = min(CHUNK, end - position)
-                await self._begin(position, hole, values[at : at + CHUNK // GRANULE])
-            position += hole
+            extents = await self._source.block_status(position, min(window, end - position))
+            empty = len(extents) == 1 and extents[0].zero
+            window = min(4 * window, RUN) if empty else WINDOW
+            for start, stop, hole in _segments(position, end, extents):
+                digests = values[(start - offset) // GRANULE :][: -(-(stop - start) // GRANULE)]
+                if not hole or not await self._skip_hole(start, stop - start, digests):
+                    for at in range(start, stop, CHUNK):
+                        first = (at - start) // GRANULE
+                        count = min(CHUNK, stop - at)
+                        await self._begin(at, count, digests[first : first + CHUNK // GRANULE])
+                position = stop
         return end
 
-    async def _skip_hole(self, offset: int, length: int) -> int:
-        """Of how many bytes at `offset` there is nothing here either; 0 if that is not many."""
-        (extent, *_) = await self._source.block_status(offset, length)
-        count = extent.length if extent.length == length else extent.length // GRANULE * GRANULE
-        if not extent.zero or count < CHUNK:
-            return 0
-        key = await self._ranges.acquire(offset, count, True)
+    async def _skip_hole(self, offset: int, length: int, theirs: Sequence[int | None]) -> bool:
+        """Whether there is nothing on both sides; then it is equal."""
+        if any(value != _ZERO_DIGEST for value in theirs):
+            return False
+        key = await self._ranges.acquire(offset, length, True)
         try:
-            async for each in each_extent(self._source, offset, count):
-                if not each.zero:
-                    return 0
-            self._dirty.found_equal(offset, count)
+            async for extent in each_extent(self._source, offset, length):
+                if not extent.zero:
+                    return False
+            self._dirty.found_equal(offset, length)
         finally:
             self._ranges.release(key)
-        self.progress_current += count
+        self.progress_current += length
         await self.pause_point()
-        return count
+        return True
 
-    async def _begin(self, offset: int, length: int, theirs: Sequence[int | None] | None) -> None:
+    async def _begin(self, offset: int, length: int, theirs: Sequence[int | None]) -> None:
         """Copy a chunk beside the others. `theirs`: the digests of its granules."""
         await self.pause_point(length)
         while len(self._copying) >= CHUNKS_MAX:
@@ -167,35 +170,32 @@ class MirrorJob(Job):
         self._copying.add(task)
         task.add_done_callback(self._copying.discard)
 
-    async def _copy(self, offset: int, length: int, theirs: Sequence[int | None] | None) -> None:
+    async def _copy(self, offset: int, length: int, theirs: Sequence[int | None]) -> None:
+        buffer = self._buffers.pop() if self._buffers else bytearray(CHUNK)
         try:
             await self._target.wait_answered(offset, length)  # not under the lock: it may take long
-            answers = await self._send(offset, length, theirs)
+            answers = await self._send(buffer, offset, length, theirs)
             self._taken -= length
             for answer in answers:
                 await answer
             self.progress_current += length
-        except OSError as exc:
-            self._failure = self._failure or exc
+            self._buffers.append(buffer)
+        except Exception as exc:
+            self._failure = self._failure or exc  # `run` raises it
 
     async def _send(
-        self, offset: int, length: int, theirs: Sequence[int | None] | None
+        self, buffer: bytearray, offset: int, length: int, theirs: Sequence[int | None]
     ) -> Sequence[Awaitable[None]]:
         """Step 2 of a chunk."""
         key = await self._ranges.acquire(offset, length, True)
         try:
-            buffer = bytearray(length)
-            view = memoryview(buffer)
-            position = offset
-            async for extent in each_extent(self._source, offset, length):
-                at = position - offset
-                if not extent.zero:
-                    self.operation = "read"
-                    await self._source.pread(position, view[at : at + extent.length])
-                position += extent.length
+            # Holes are read, too: faster than to ask for them.
+            view = memoryview(buffer)[:length]
+            self.operation = "read"
+            await self._source.pread(offset, view)
             self.operation = "write"
             answers = []
-            for start, end, what in _runs(buffer, theirs):
+            for start, end, what in _runs(buffer, length, theirs):
                 if what == EQUAL:
                     self._dirty.found_equal(offset + start, end - start)
                     continue
@@ -204,7 +204,8 @@ class MirrorJob(Job):
                     answers.append(self._target.copy_zeroes(offset + start, end - start))
                 else:
                     self.bytes_copied += end - start
-                    answers.append(self._target.copy(offset + start, view[start:end]))
+                    data = view[start:end].toreadonly()
+                    answers.append(self._target.copy(offset + start, data))
             return answers
         finally:
             self._ranges.release(key)
@@ -216,17 +217,21 @@ _ZEROES = bytes(GRANULE)
 _ZERO_DIGEST = digest_of_zeroes(GRANULE)
 
 
-def _runs(buffer: bytearray, theirs: Sequence[int | None] | None) -> list[tuple[int, int, str]]:
-    """A chunk as runs (start, end, what is to be done); `theirs`: see `MirrorJob._begin`."""
+def _runs(
+    buffer: bytearray, length: int, theirs: Sequence[int | None]
+) -> list[tuple[int, int, str]]:
+    """buffer[:length], a chunk, as runs (start, end, what is to be done); `theirs`: see
+    `MirrorJob._begin`."""
     runs: list[tuple[int, int, str]] = []
     view = memoryview(buffer)
-    for index, start in enumerate(range(0, len(buffer), GRANULE)):
-        end = min(start + GRANULE, len(buffer))
-        zero = not buffer[start] and buffer.startswith(_ZEROES[: end - start], start)
-        what = ZERO if zero else DATA
-        if theirs is not None:
-            mine = digest_of_zeroes(end - start) if zero else digest_of(view[start:end])
-            what = EQUAL if mine == theirs[index] else what
+    for start, value in zip(range(0, length, GRANULE), theirs, strict=True):
+        end = min(start + GRANULE, length)
+        if not buffer[start] and buffer.startswith(_ZEROES[: end - start], start, end):
+            what = EQUAL if value == digest_of_zeroes(end - start) else ZERO
+        elif value in (None, _ZERO_DIGEST) or value != digest_of(view[start:end]):
+            what = DATA
+        else:
+            what = EQUAL
         if runs and runs[-1][2] == what:
             runs[-1] = (runs[-1][0], end, what)
         else:
@@ -234,9 +239,21 @@ def _runs(buffer: bytearray, theirs: Sequence[int | None] | None) -> list[tuple[
     return runs
 
 
-def _run_of(values: Sequence[int | None], at: int, length: int) -> int:
-    """For how many of `length` bytes the digests from `at` on are the same."""
-    stop = at
-    while stop < len(values) and values[stop] == values[at]:
-        stop += 1
-    return min((stop - at) * GRANULE, length)
+def _segments(offset: int, end: int, extents: Sequence[Extent]) -> list[tuple[int, int, bool]]:
+    """`extents` from `offset` on as (start, stop, whether it is a hole worth a look of its own), in
+    whole granules, but for `end`."""
+    segments: list[tuple[int, int, bool]] = []
+    position = done = offset
+    for extent in extents:
+        start = -(-position // GRANULE) * GRANULE
+        position += extent.length
+        stop = position if position == end else position // GRANULE * GRANULE
+        if extent.zero and stop - start >= CHUNK:
+            if start > done:
+                segments.append((done, start, False))
+            segments.append((start, stop, True))
+            done = stop
+    stop = position if position == end else position // GRANULE * GRANULE
+    if stop > done or not segments:
+        segments.append((done, max(stop, min(done + GRANULE, end)), False))
+    return segments

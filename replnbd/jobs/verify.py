@@ -15,7 +15,7 @@ from replnbd.block import BlockNode, DirtyMap, digests
 from replnbd.block.digest import GRANULE
 from replnbd.events import EventBus
 from replnbd.jobs.job import Job
-from replnbd.jobs.mirror import MirrorTarget
+from replnbd.jobs.mirror import RUN, MirrorTarget
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,10 @@ class VerifyJob(Job):
     async def _compare(self, offset: int, length: int) -> int:
         """The granules from `offset` on, as far as both sides tell at once; returns how far."""
         self.operation = "read"
-        mine = await digests(self._source, offset, length)
-        length = sum(count for count, _ in mine)
-        theirs = await self._target.digests(offset, length)
+        length = min(length, RUN)
+        mine, theirs = await asyncio.gather(
+            digests(self._source, offset, length), self._target.digests(offset, length)
+        )
         assert theirs is not None
         done = 0
         here, there = iter(mine), iter(theirs)
