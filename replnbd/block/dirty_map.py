@@ -18,7 +18,8 @@ An *epoch* is what is proven at a time: `turn` ends one and gives its granules; 
 sent in it has arrived, and is durable there, `clear` unmarks those that were not written since.
 
 The file has a byte a granule, so that marking is one store without reading; the map in memory is a
-byte a granule too, of which a disk that is mostly clean touches little.
+byte a granule too, in pages that the system gives as they are touched: a clean disk of 16 TiB has
+256 MiB of addresses there, and next to no memory.
 
 A store that unmarks never waits, and none is made while one that marks does: so they cannot pass
 each other.
@@ -27,6 +28,7 @@ each other.
 from __future__ import annotations
 
 import asyncio
+import mmap
 from collections.abc import Iterable
 
 from replnbd.block.digest import GRANULE
@@ -37,7 +39,11 @@ GRANULE_BITS = GRANULE.bit_length() - 1
 CLEAN, SENT, FRESH, BEHIND = range(4)
 
 _LOAD_BYTES = 1 << 20
+_PIECE = 64 << 10
+"""Bytes of the map that are looked through at a time."""
 _MARK = b"\1"
+_LOADED = bytes([CLEAN]) + bytes([BEHIND]) * 255
+"""The state of a granule whose byte in the file is that."""
 
 
 class DirtyMap:
@@ -48,7 +54,9 @@ class DirtyMap:
         self.size = size
         self.count = -(-size // GRANULE)
         """Granules."""
-        self.states = bytearray(self.count)
+        # Private, or what is only read would take memory, too.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.states = mmap.mmap(-1, self.count, flags=flags)
         self.behind = 0
         """Granules that are BEHIND."""
         self.proofs = 0
@@ -66,9 +74,8 @@ class DirtyMap:
         for first in range(0, self.count, _LOAD_BYTES):
             length = min(_LOAD_BYTES, self.count - first)
             stored = await read_bytes(self._file, self._start + first, length)
-            if any(stored):
-                states = bytes(BEHIND if byte else CLEAN for byte in stored)
-                self.states[first : first + length] = states
+            if stored != bytes(length):  # a mostly clean disk of 16 TiB: 0.1 s
+                self.states[first : first + length] = states = stored.translate(_LOADED)
                 self.behind += states.count(BEHIND)
 
     @property
@@ -138,7 +145,7 @@ class DirtyMap:
         first, last = offset >> GRANULE_BITS, (offset + length - 1) >> GRANULE_BITS
         if first == last:
             return self.states[first] == BEHIND
-        return self.states.find(BEHIND, first, last + 1) >= 0
+        return self._find(BEHIND, first, last + 1) <= last
 
     def is_clean(self, offset: int) -> bool:
         """Whether the granule at `offset` is CLEAN."""
@@ -172,11 +179,7 @@ class DirtyMap:
         """There is no copy, or none that is known: all is BEHIND."""
         for first in range(0, self.count, _LOAD_BYTES):
             length = min(_LOAD_BYTES, self.count - first)
-            await self._file.pwrite(self._start + first, _MARK * length)
-            self.states[first : first + length] = bytes([BEHIND]) * length
-        self._fresh.clear()
-        self._sent.clear()
-        self.behind = self.count
+            await self._store_all(first, _MARK * length, BEHIND)
 
     async def mark_behind(self, offset: int, length: int) -> None:
         """Mark a range that is BEHIND: what another side has changed."""
@@ -187,8 +190,8 @@ class DirtyMap:
 
     def next_behind(self, offset: int, length_max: int) -> tuple[int, int] | None:
         """(offset, length) of the next run that is BEHIND, at or after a granule's `offset`."""
-        first = self.states.find(BEHIND, offset >> GRANULE_BITS)
-        if first < 0:
+        first = self._find(BEHIND, offset >> GRANULE_BITS, self.count)
+        if first == self.count:
             return None
         most = min(first + (length_max >> GRANULE_BITS), self.count)
         run = self.states[first:most]
@@ -231,7 +234,7 @@ class DirtyMap:
         may write to it meanwhile."""
         first = offset >> GRANULE_BITS
         count = ((offset + length - 1) >> GRANULE_BITS) + 1 - first
-        assert self.states.count(BEHIND, first, first + count) == count
+        assert self.states[first : first + count].count(BEHIND) == count
         if self._waiting or not self._unmark(first, count):
             return self.take(offset, length)
         self.proofs += 1
@@ -242,13 +245,11 @@ class DirtyMap:
     async def clear_everything(self) -> None:
         """There is nothing to tell of: this disk is a copy now, and follows another one."""
         for first in range(0, self.count, _LOAD_BYTES):
+            if not self.dirty:
+                return
             length = min(_LOAD_BYTES, self.count - first)
-            if any(self.states[first : first + length]):
-                await self._file.pwrite(self._start + first, bytes(length))
-                self.states[first : first + length] = bytes(length)
-        self._fresh.clear()
-        self._sent.clear()
-        self.behind = 0
+            if self.states[first : first + length] != bytes(length):
+                await self._store_all(first, bytes(length), CLEAN)
 
     # Section: what it shows
 
@@ -260,32 +261,52 @@ class DirtyMap:
         while offset < end and len(found) < runs_max:
             granule = offset >> GRANULE_BITS
             dirty = states[granule] != CLEAN
-            stop = self._end_of_run(granule, dirty, (end - 1 >> GRANULE_BITS) + 1)
+            most = (end - 1 >> GRANULE_BITS) + 1
+            stop = self._find(CLEAN, granule, most) if dirty else self._end_of_clean(granule, most)
             count = min(stop << GRANULE_BITS, end) - offset
             found.append((count, dirty))
             offset += count
         return found
 
-    def _end_of_run(self, granule: int, dirty: bool, most: int) -> int:
-        states = self.states
-        if not dirty:
-            # A clean disk is a long run of zero bytes: by pieces, each at the speed of memory.
-            while granule < most:
-                piece = states[granule : min(granule + 65536, most)]
-                rest = piece.lstrip(b"\0")
-                if rest:
-                    return granule + len(piece) - len(rest)
-                granule += len(piece)
-            return most
-        stop = states.find(CLEAN, granule, most)
-        return most if stop < 0 else stop
-
     # Section: inside
+
+    def _find(self, state: int, first: int, stop: int) -> int:
+        """The first granule in that state; `stop` if there is none before."""
+        for begin in range(first, stop, _PIECE):
+            found = self.states[begin : min(begin + _PIECE, stop)].find(state)
+            if found >= 0:
+                return begin + found
+        return stop
+
+    def _end_of_clean(self, granule: int, most: int) -> int:
+        # A clean disk is a long run of zero bytes: by pieces, each at the speed of memory.
+        while granule < most:
+            piece = self.states[granule : min(granule + _PIECE, most)]
+            if rest := piece.lstrip(b"\0"):
+                return granule + len(piece) - len(rest)
+            granule += len(piece)
+        return most
 
     def _freshen(self, granule: int) -> None:
         self.states[granule] = FRESH
         self._fresh.add(granule)
         self._sent.discard(granule)
+
+    async def _store_all(self, first: int, marks: bytes, state: int) -> None:
+        """Store the marks of granules from `first` on, while no other can be stored; all of them
+        are in that state then."""
+        stop = first + len(marks)
+        async with self._marking:
+            self._waiting = True
+            try:
+                await self._file.pwrite(self._start + first, marks)
+            finally:
+                self._waiting = False
+            before, after = self.states[first:stop], bytes([state]) * len(marks)
+            self.states[first:stop] = after
+            self.behind += after.count(BEHIND) - before.count(BEHIND)
+            for granules in (self._fresh, self._sent):
+                granules -= {granule for granule in granules if first <= granule < stop}
 
     def _mark_again(self, granule: int) -> None:
         """Of one that was found equal while an older write to it was still to fail."""
