@@ -189,8 +189,9 @@ class DirtyMap:
     # Section: copying and proof
 
     def next_behind(self, offset: int, length_max: int) -> tuple[int, int] | None:
-        """(offset, length) of the next run that is BEHIND, at or after a granule's `offset`."""
-        first = self._find(BEHIND, offset >> GRANULE_BITS, self.count)
+        """(offset, length) of the next run that is BEHIND, of granules that begin at `offset` or
+        after it: none, at the end of a disk whose last granule is a short one."""
+        first = self._find(BEHIND, -(-offset // GRANULE), self.count)
         if first == self.count:
             return None
         most = min(first + (length_max >> GRANULE_BITS), self.count)
