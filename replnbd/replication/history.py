@@ -166,12 +166,14 @@ class History:
         await self._update(lineage=lineage, common=lineage.generation, syncing=False)
         await self.map.clear_everything()
 
-    async def in_step(self) -> None:
-        """As a source: the target is a copy of this."""
+    async def in_step(self) -> Lineage:
+        """As a source: the target is a copy of this, and about to be told so. Returns what it is to
+        be told."""
         lineage = self.record.lineage
         assert lineage is not None
         if self.record.common != lineage.generation:
             await self._update(common=lineage.generation)
+        return lineage
 
     async def set_role(self, role: Role) -> None:
         """What the disk is to its peer from now on."""

@@ -186,11 +186,10 @@ class Session:
         if self._history.map.behind:
             return True  # once more
         await self._forwarder.prove()
-        lineage = self._history.record.lineage
-        assert lineage is not None
+        # First here: who dies in between must not go on alone under the generation of the target.
+        lineage = await self._history.in_step()
         if self._peer is not None:
             await say(self._peer, End(lineage=lineage))
-        await self._history.in_step()
         self._in_step = True
         return True
 
