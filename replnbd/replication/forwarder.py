@@ -71,8 +71,10 @@ class Forwarder:
         self._on_bad = on_bad
         self._epoch = Epoch()
         self._ended: list[Epoch] = []
-        """Those that have ended, and in which something is in flight."""
+        """Those that have ended, and may not have been answered."""
         self._proving = asyncio.Lock()
+        self._lossy = False
+        """Whether the copy lacks something that clients were told is written."""
         self._in_flight = InFlight()
         self._flushing = False
         self._flush_again = False
@@ -84,7 +86,7 @@ class Forwarder:
         self.connection, self.ours = connection, ours
         self._in_step = self._gap = False
         self._in_flight = InFlight()
-        self.alone = False
+        self.alone = self._lossy = False
 
     def keep_in_step(self) -> None:
         """From now on, nothing is sent any more once something has fallen behind. If something has
@@ -99,8 +101,7 @@ class Forwarder:
         """There is no way any more; whether something was on it that clients believe to be safe."""
         if self.connection is None:
             return False
-        in_flight = sum(epoch.in_flight for epoch in (*self._ended, self._epoch))
-        lossy = not self.sync and in_flight > 0
+        lossy = self._lossy or any(epoch.in_flight for epoch in (*self._ended, self._epoch))
         self.connection = None
         self.dirty.all_fall_behind()
         return lossy
@@ -114,11 +115,14 @@ class Forwarder:
             granules = self.dirty.turn()
             self._ended.append(self._epoch)
             self._epoch = Epoch()
-            for epoch in tuple(self._ended):
-                await epoch.wait_answered()
-                self._ended.remove(epoch)
+            # Their granules are among these; who waited for them first may have been cancelled.
+            while self._ended:
+                await self._ended[0].wait_answered()
+                del self._ended[0]
             await connection.flush()
             await self._clear(sorted(granules), connection)
+            if not self.dirty.behind:
+                self._lossy = False  # it has been copied meanwhile
 
     async def _clear(self, granules: list[int], connection: NbdConnection) -> None:
         for at in range(0, len(granules), CLEARED_MAX):
@@ -156,7 +160,7 @@ class Forwarder:
 
     def write_nowait(self, offset: int, data: Buffer) -> None:
         """See `filters.Copy`."""
-        self._post(c.CMD_WRITE, 0, offset, len(data), data)
+        self._post(self._epoch, c.CMD_WRITE, 0, offset, len(data), data)
 
     async def write(self, offset: int, data: Buffer, entered: object) -> None:
         """See `filters.Copy`."""
@@ -245,27 +249,27 @@ class Forwarder:
         payload: Buffer | None = None,
     ) -> None:
         assert isinstance(entered, Epoch)
-        connection = self.connection
         answered = asyncio.get_running_loop().create_future() if self.sync else None
         try:
-            self._post(command, flags, offset, length, payload, answered)
-            if answered is not None:
-                await answered
-                if connection is not None and connection.closed:
-                    await self._before_alone()
+            # In its own epoch, whose end may have come: that waits for what was marked before it.
+            self._post(entered, command, flags, offset, length, payload, answered)
+            if answered is not None and await answered is not None:
+                await self._before_alone()  # before the client is told
         finally:
             entered.leave()
 
     def _post(
         self,
+        epoch: Epoch,
         command: int,
         flags: int,
         offset: int,
         length: int,
         payload: Buffer | None = None,
-        answered: asyncio.Future[None] | None = None,
+        answered: asyncio.Future[OSError | None] | None = None,
     ) -> None:
-        """Send it on, or let it fall behind; `answered` is done when the client may be told."""
+        """Send it on, or let it fall behind; `answered` has why the copy has not taken what was
+        sent, or None: then the client may be told."""
         connection = self.connection
         dirty = self.dirty
         if (
@@ -280,7 +284,6 @@ class Forwarder:
             if answered is not None:
                 answered.set_result(None)
             return
-        epoch = self._epoch
         epoch.in_flight += 1
         if payload is not None:
             self.bytes_sent += length
@@ -312,17 +315,18 @@ class Forwarder:
         in_flight: InFlight | None,
         offset: int,
         length: int,
-        answered: asyncio.Future[None] | None,
+        answered: asyncio.Future[OSError | None] | None,
         failure: OSError | None,
     ) -> None:
         if in_flight is not None:
             in_flight.remove(offset, length)
         if failure is not None:
+            self._lossy = True
             self._fall_behind(offset, length)
             self._on_bad("write", failure, offset, length)
         epoch.leave()
         if answered is not None and not answered.done():
-            answered.set_result(None)
+            answered.set_result(failure)
 
     def _flush_copy(self, connection: NbdConnection) -> None:
         self._flushing, self._flush_again = True, False
