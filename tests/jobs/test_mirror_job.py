@@ -35,6 +35,12 @@ class Same:
         pieces = [self.data[at : at + GRANULE] for at in range(offset, offset + length, GRANULE)]
         return [(len(piece), digest_of(piece)) for piece in pieces]
 
+    async def wait_answered(self, offset: int, length: int) -> None:
+        return
+
+    def nudge(self) -> None:
+        return
+
     def copy(self, offset: int, data: memoryview) -> Awaitable[None]:
         self.copies.append((offset, len(data)))
         self.data[offset : offset + len(data)] = data
