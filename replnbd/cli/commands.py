@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -37,7 +38,8 @@ def _check_interval(ctx: click.Context, param: click.Parameter, seconds: float) 
 
 @click.command()
 @control
-def start(control: str) -> None:
+@click.option("--wait", is_flag=True, help="On a primary: until the standby is in step.")
+def start(control: str, wait: bool) -> None:
     """Start replication.
 
     On a standby, with a first checkpoint. On a primary: what the standby lacks is copied in the
@@ -45,6 +47,8 @@ def start(control: str) -> None:
     """
     with ControlClient(control) as client:
         client.execute("xen-set-replication", enable=True, primary=_is_primary(client))
+        if wait:
+            _wait_in_step(client)
         _say_stages(client)
 
 
@@ -80,7 +84,8 @@ def stop(control: str) -> None:
 @control
 @click.option("--to", required=True, metavar="URI", help="The standby's disk: nbd://HOST/NAME.")
 @click.option("--disk", help="Which disk, if there are several.")
-def replicate(control: str, to: str, disk: str | None) -> None:
+@click.option("--wait", is_flag=True, help="Until the standby is in step.")
+def replicate(control: str, to: str, disk: str | None, wait: bool) -> None:
     """Send a disk that has taken over to a standby.
 
     After a failover: only what differs is copied if that is the old primary. From then on it is
@@ -89,7 +94,31 @@ def replicate(control: str, to: str, disk: str | None) -> None:
     with ControlClient(control) as client:
         device = {} if disk is None else {"device": disk}
         client.execute("x-replnbd-replicate", to=to, **device)
+        if wait:
+            _wait_in_step(client)
         _say_stages(client)
+
+
+@click.command()
+@control
+def verify(control: str) -> None:
+    """Compare a primary's disks with their standbys.
+
+    By digests, while both are in use; what differs is copied again. Exit code 1 if something did.
+    """
+    with ControlClient(control) as client:
+        client.execute("x-replnbd-verify")
+        with _bars("verify") as bars:
+            while jobs := _verify_jobs(client):
+                bars([{"name": job["id"], "job": job} for job in jobs])
+                time.sleep(_POLL_S)
+        disks = client.execute("x-replnbd-status")["disks"]
+    differ = [disk for disk in disks if disk["link"]["verified"] != "equal"]
+    for disk in disks:
+        click.echo(f"{disk['name']}: {disk['link']['verified']}")
+    if differ:
+        names = ", ".join(f"'{disk['name']}'" for disk in differ)
+        raise StateError(f"not equal to the standby's: {names}; what differed is copied again")
 
 
 @click.command()
@@ -200,18 +229,43 @@ def _say_stages(client: ControlClient) -> None:
         click.echo(f"{disk['name']}: {disk['stage']}")
 
 
-def _wait_for_commit(client: ControlClient) -> None:
-    """Until no disk is in stage *failover*; StateError if one has failed."""
-    with ExitStack() as undo:
-        bars = None
-        if sys.stdout.isatty():
-            from replnbd.cli.terminal import CommitBars
+def _verify_jobs(client: ControlClient) -> list[dict[str, Any]]:
+    return [job for job in client.execute("query-jobs") if job["id"].startswith("verify-")]
 
-            bars = undo.enter_context(CommitBars())
+
+@contextmanager
+def _bars(what: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """Draw how far the jobs of disks are, where there is a terminal."""
+    if not sys.stdout.isatty():
+        yield lambda _: None
+        return
+    from replnbd.cli.terminal import JobBars
+
+    with JobBars(what) as bars:
+        yield bars.update
+
+
+def _wait_in_step(client: ControlClient) -> None:
+    """Until the standby of every disk that has one is in step; StateError if one is refused."""
+    with _bars("sync") as bars:
         while True:
             disks = client.execute("x-replnbd-status")["disks"]
-            if bars is not None:
-                bars.update(disks)
+            bars(disks)
+            links = [disk["link"] for disk in disks if disk["link"] is not None]
+            refused = [link for link in links if link["state"] == "refused"]
+            if refused:
+                raise StateError(f"{refused[0]['to']}: {refused[0]['reason']}")
+            if all(link["state"] in ("live", "off") for link in links):
+                return
+            time.sleep(_POLL_S)
+
+
+def _wait_for_commit(client: ControlClient) -> None:
+    """Until no disk is in stage *failover*; StateError if one has failed."""
+    with _bars("commit") as bars:
+        while True:
+            disks = client.execute("x-replnbd-status")["disks"]
+            bars(disks)
             if all(disk["stage"] != "failover" for disk in disks):
                 break
             time.sleep(_POLL_S)
@@ -221,4 +275,6 @@ def _wait_for_commit(client: ControlClient) -> None:
         raise StateError(f"the commit failed: {what}; 'replnbd failover' tries it again")
 
 
-COMMANDS = (start, checkpoint, stop, failover, replicate, demote, reset, status, jobs)
+COMMANDS = (
+    start, checkpoint, stop, failover, replicate, demote, verify, reset, status, jobs,
+)  # fmt: skip

@@ -28,18 +28,11 @@ def size(count: int) -> str:
 
 def status(answer: dict[str, Any]) -> None:
     """The answer of `x-replnbd-status`: a line for the group, and one a disk."""
-    click.echo(group_line(answer))
+    if line := group_line(answer):
+        click.echo(line)
+    fields_of = _primary_fields if answer["role"] == "primary" else _standby_fields
     for disk in answer["disks"]:
-        fields = {
-            "stage": disk["stage"] + (" (fenced)" if disk["fenced"] else ""),
-            "checkpoint": checkpoint_of(disk),
-            "hidden": size(disk["hidden-bytes"]),
-            "active": size(disk["active-bytes"]),
-            "primary wrote": size(disk["primary-bytes-written"]),
-            "standby wrote": size(disk["standby-bytes-written"]),
-            "primary clients": clients_of(disk, "primary"),
-            "standby clients": clients_of(disk, "standby"),
-        }
+        fields = fields_of(disk)
         if failures := failures_of(disk):
             fields["failed requests"] = failures
         if disk["job"] is not None:
@@ -49,8 +42,54 @@ def status(answer: dict[str, Any]) -> None:
         click.echo(f"{disk['name']}: " + "; ".join(f"{k} {v}" for k, v in fields.items()))
 
 
+def _standby_fields(disk: dict[str, Any]) -> dict[str, str]:
+    fields = {
+        "stage": disk["stage"] + (" (fenced)" if disk["fenced"] else ""),
+        "checkpoint": checkpoint_of(disk),
+        "hidden": size(disk["hidden-bytes"]),
+        "active": size(disk["active-bytes"]),
+        "primary wrote": size(disk["primary-bytes-written"]),
+        "standby wrote": size(disk["standby-bytes-written"]),
+        "primary clients": clients_of(disk, "primary"),
+        "standby clients": clients_of(disk, "standby"),
+    }
+    if note := peer_note(disk):
+        fields["peer"] = note
+    return fields
+
+
+def _primary_fields(disk: dict[str, Any]) -> dict[str, str]:
+    return {
+        "stage": disk["stage"],
+        "standby": link_line(disk["link"]),
+        "sent": size(disk["link"]["sent-bytes"]),
+        "behind": size(disk["link"]["behind-bytes"]),
+        "written": size(disk["bytes-written"]),
+        "clients": clients_of(disk),
+    }
+
+
+def link_line(link: dict[str, Any]) -> str:
+    """Whether there is a way to a standby, and if not, why."""
+    line = str(link["state"])
+    if link["to"] is not None:
+        line += f" ({link['to']})"
+    return line if link["reason"] is None else f"{line}: {link['reason']}"
+
+
+def peer_note(disk: dict[str, Any]) -> str:
+    """What there is to say of a standby's disk and its peer; "" if there is nothing."""
+    if disk["refused"] is not None:
+        return f"refused: {disk['refused']}"
+    if disk["link"] is not None and disk["link"]["to"] is not None:
+        return link_line(disk["link"])
+    return "being synchronised" if disk["syncing"] else ""
+
+
 def group_line(answer: dict[str, Any]) -> str:
-    """What is the same for all disks."""
+    """What is the same for all disks; "" if there is nothing."""
+    if answer["role"] == "primary":
+        return ""
     line = f"group: generation {answer['generation']}"
     if answer["recovered-from"] is not None:
         line += f"; recovered from {answer['recovered-from']}"
@@ -75,14 +114,17 @@ def checkpoint_of(disk: dict[str, Any]) -> str:
     return f"{disk['checkpoints']} ({age_s:.0f} s ago)"
 
 
-def clients_of(disk: dict[str, Any], side: str) -> str:
+def clients_of(disk: dict[str, Any], side: str = "") -> str:
     """How many clients a side has, and of how many it may have."""
-    count, most = disk[f"{side}-connections"], disk[f"{side}-connections-max"]
+    key = f"{side}-connections" if side else "connections"
+    count, most = disk[key], disk[f"{key}-max"]
     return f"{count}" if most is None else f"{count} of {most}"
 
 
 def failures_of(disk: dict[str, Any]) -> str:
     """Of which side how many requests have failed; "" if none."""
+    if disk["mode"] == "primary":
+        return str(disk["errors"] or "")
     sides = ((side, disk[f"{side}-errors"]) for side in ("primary", "standby"))
     return ", ".join(f"{side} {count}" for side, count in sides if count)
 

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from replnbd.cli import show
 
+_LINK_STYLES = {"off": "dim", "refused": "bold red", "live": "green"}
 _STAGE_STYLES = {"running": "green", "failover": "yellow", "failover-failed": "bold red"}
 
 
@@ -45,37 +46,69 @@ def status_table(answer: dict[str, Any]) -> Table:
     """The answer of `x-replnbd-status`; overlays and writes count since the last checkpoint."""
     table = Table(title=escape(f"replnbd {answer['version']}: {', '.join(answer['listen'])}"))
     table.caption = escape(show.group_line(answer))
-    for heading in ("disk", "stage", "checkpoint", "hidden", "active"):
+    primary = answer["role"] == "primary"
+    for heading in _PRIMARY_HEADINGS if primary else _STANDBY_HEADINGS:
         table.add_column(heading)
-    table.add_column("written: primary / standby")
-    table.add_column("clients: primary / standby")
-    table.add_column("job / error")
     for disk in answer["disks"]:
-        stage = disk["stage"]
-        style = _STAGE_STYLES.get(stage, "")
-        shown = f"[{style}]{stage}[/{style}]" if style else stage
-        notes = [escape(show.job_line(disk["job"]))] if disk["job"] is not None else []
-        if failures := show.failures_of(disk):
-            notes.append(f"[red]failed requests: {failures}[/red]")
-        if disk["error"] is not None:
-            notes.append(f"[red]{escape(disk['error'])}[/red]")
-        table.add_row(
-            escape(f"{disk['name']} / {disk['top-id']}"),
-            shown + ("\n[yellow]fenced[/yellow]" if disk["fenced"] else ""),
-            show.checkpoint_of(disk),
-            show.size(disk["hidden-bytes"]),
-            show.size(disk["active-bytes"]),
-            " / ".join(show.size(disk[f"{side}-bytes-written"]) for side in ("primary", "standby")),
-            f"{show.clients_of(disk, 'primary')} / {show.clients_of(disk, 'standby')}",
-            "\n".join(notes),
-        )
+        cells = _primary_cells(disk) if primary else _standby_cells(disk)
+        table.add_row(*cells, "\n".join(_notes(disk)))
     return table
 
 
-class CommitBars:
-    """A progress bar for the commit of each disk."""
+_STANDBY_HEADINGS = (
+    "disk", "stage", "checkpoint", "hidden", "active", "written: primary / standby",
+    "clients: primary / standby", "job / error",
+)  # fmt: skip
+_PRIMARY_HEADINGS = ("disk", "stage", "standby", "sent", "behind", "clients", "job / error")
 
-    def __init__(self) -> None:
+
+def _standby_cells(disk: dict[str, Any]) -> list[str]:
+    return [
+        escape(f"{disk['name']} / {disk['top-id']}"),
+        _stage(disk) + ("\n[yellow]fenced[/yellow]" if disk["fenced"] else ""),
+        show.checkpoint_of(disk),
+        show.size(disk["hidden-bytes"]),
+        show.size(disk["active-bytes"]),
+        " / ".join(show.size(disk[f"{side}-bytes-written"]) for side in ("primary", "standby")),
+        f"{show.clients_of(disk, 'primary')} / {show.clients_of(disk, 'standby')}",
+    ]
+
+
+def _primary_cells(disk: dict[str, Any]) -> list[str]:
+    link = disk["link"]
+    style = _LINK_STYLES.get(link["state"], "yellow")
+    return [
+        escape(disk["name"]),
+        _stage(disk),
+        f"[{style}]{escape(show.link_line(link))}[/{style}]",
+        show.size(link["sent-bytes"]),
+        show.size(link["behind-bytes"]),
+        show.clients_of(disk),
+    ]
+
+
+def _stage(disk: dict[str, Any]) -> str:
+    stage = disk["stage"]
+    style = _STAGE_STYLES.get(stage, "")
+    return f"[{style}]{stage}[/{style}]" if style else str(stage)
+
+
+def _notes(disk: dict[str, Any]) -> list[str]:
+    notes = [escape(show.job_line(disk["job"]))] if disk["job"] is not None else []
+    if disk["mode"] == "secondary" and (note := show.peer_note(disk)):
+        notes.append(f"[yellow]{escape(note)}[/yellow]")
+    if failures := show.failures_of(disk):
+        notes.append(f"[red]failed requests: {failures}[/red]")
+    if disk["error"] is not None:
+        notes.append(f"[red]{escape(disk['error'])}[/red]")
+    return notes
+
+
+class JobBars:
+    """A progress bar for what a job does to each disk, `what`."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),  # a disk may be called "[red]"
             BarColumn(),
@@ -101,7 +134,7 @@ class CommitBars:
         for disk in disks:
             name, job = disk["name"], disk["job"]
             if name not in self._rows:
-                self._rows[name] = self._bars.add_task(f"commit {name}", total=None)
+                self._rows[name] = self._bars.add_task(f"{self._what} {name}", total=None)
             if job is not None:
                 done, total = job["current-progress"], job["total-progress"]
                 self._bars.update(self._rows[name], completed=done, total=max(done, total))

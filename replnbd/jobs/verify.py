@@ -14,7 +14,7 @@ from typing import Any
 from replnbd.block import BlockNode, DirtyMap, digests
 from replnbd.block.digest import GRANULE
 from replnbd.events import EventBus
-from replnbd.jobs.job import Job
+from replnbd.jobs.job import Job, JobStatus
 from replnbd.jobs.mirror import RUN, MirrorTarget
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,15 @@ class VerifyJob(Job):
         position, size = 0, self._source.size
         while position < size:
             position += await self._compare(position, size - position)
+
+    @property
+    def result(self) -> str | None:
+        """In a few words, once it has ended."""
+        if self.error is not None:
+            return self._error_text()
+        if self.status not in (JobStatus.CONCLUDED, JobStatus.NULL):
+            return None
+        return f"{self.mismatches} bytes differed" if self.mismatches else "equal"
 
     def on_end(self) -> None:
         if self.error is None:

@@ -161,6 +161,7 @@ class Link:
             "queued-bytes": 0 if connection is None else connection.bytes_outstanding,
             "sent-bytes": self.forwarder.bytes_sent,
             "copied-bytes": self.bytes_copied + (0 if job is None else job.bytes_copied),
+            "verified": None if self._verifying is None else self._verifying.result,
         }
 
     # Section: its life
