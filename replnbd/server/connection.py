@@ -23,8 +23,14 @@ from replnbd.events import EventBus
 from replnbd.nbd import Outcome
 from replnbd.server.answers import Answers
 from replnbd.server.export import Export
-from replnbd.server.limits import FAREWELL_S, LINGER_S, UNSENT_BYTES_MAX
+from replnbd.server.limits import (
+    FAREWELL_S,
+    LINGER_S,
+    UNSENT_BYTES_MAX,
+    UNSENT_TLS_BYTES_MAX,
+)
 from replnbd.server.operations import InFlight, Operation
+from replnbd.server.pieces import Pieces
 from replnbd.server.polling import BusyPoll
 from replnbd.server.requests import Requests
 from replnbd.server.slabs import TAIL_BYTES, Inbox, Outbox, Pool
@@ -85,17 +91,19 @@ class Connection(asyncio.BufferedProtocol):
     def start(self, transport: asyncio.Transport, early: bytes, *, write_paused: bool) -> None:
         """Take over a transport whose handshake is done; `early` are bytes received after it."""
         self._transport = transport
-        self._outbox = Outbox(transport, self._pool)
+        # What TLS has encrypted cannot be read past it.
+        self._secure = transport.get_extra_info("sslcontext") is not None
+        self._pieces = Pieces(transport, self._pieces_wait) if self._secure else None
+        self._outbox = Outbox(self._pieces or transport, self._pool)
         self._answers = Answers(
             self._outbox, self._requests.replies, self.export, self._bus, self._pool
         )
         self._requests.start(self._outbox, self._answers)
-        # What TLS has encrypted cannot be read past it.
-        self._secure = transport.get_extra_info("sslcontext") is not None
         self._busy_poll = BusyPoll(
             -1 if self._secure else transport.get_extra_info("socket").fileno()
         )
-        transport.set_write_buffer_limits(high=UNSENT_BYTES_MAX, low=TAIL_BYTES)
+        high = UNSENT_TLS_BYTES_MAX if self._secure else UNSENT_BYTES_MAX
+        transport.set_write_buffer_limits(high=high, low=min(high // 4, TAIL_BYTES))
         self.export.connections.add(self)
         if write_paused:
             self.pause_writing()
@@ -121,18 +129,43 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """The client will send no more; it may still want its answers, as after DISC."""
         self._peer_done = True
+        if self._pieces is not None:
+            # TLS lets us write no more: "discarding any pending writes" (RFC 5246, 7.2.1).
+            self._pieces.stop()
         self.finish()
         # If not, the transport may close itself; over TLS it does in any case.
         return self.state is State.DRAINING and not self._secure
 
     def pause_writing(self) -> None:
         self._write_paused = self._requests.hold = True
+        if self._pieces is not None:
+            self._pieces.pause()
 
     def resume_writing(self) -> None:
-        self._write_paused = False
         self.stirred = True
+        # Some transports call this from within write().
+        if self._pieces is not None:
+            self._loop.call_soon(self._send_pieces)
+            return
+        self._write_paused = False
         if self._requests.hold:
-            self._release_soon()  # some transports call this from within write()
+            self._release_soon()
+
+    def _pieces_wait(self) -> None:
+        self.pause_writing()
+        self._loop.call_soon(self._send_pieces)
+
+    def _send_pieces(self) -> None:
+        if self._pieces is None or self.state is State.CLOSED or self._transport.is_closing():
+            return
+        self._write_paused = False
+        self._pieces.resume()  # and it may be paused again
+        if self._write_paused:
+            return
+        if self.state is State.LINGERING:
+            self._hang_up()
+        elif self._requests.hold:
+            self._release()
 
     def connection_lost(self, exc: Exception | None) -> None:
         # Who has said DISC may hang up before it hears our end of TLS.
@@ -177,25 +210,33 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def unsent_bytes(self) -> int:
         """Of replies that the client has not taken yet."""
-        return self._transport.get_write_buffer_size()
+        return (self._pieces or self._transport).get_write_buffer_size()
 
     def _close(self) -> None:
         self._outbox.flush()
         self.state = State.LINGERING
         self.export.connections.discard(self)
+        self._hang_up()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(LINGER_S, self._transport.abort)
+
+    def _hang_up(self) -> None:
         transport = self._transport
+        if self._pieces is not None and self._pieces.waiting_bytes:
+            return  # until they are sent
         if self._peer_done or not transport.can_write_eof():
             transport.close()
         elif not transport.is_closing():
             transport.write_eof()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(LINGER_S, transport.abort)
 
     def _end(self) -> None:
         self.export.connections.discard(self)
-        # They refer to us: the buffers would stay until the collector comes.
-        del self._in_flight, self._requests
+        # They refer to us, and so do loops that have done TLS for us: the buffers would stay until
+        # the collector comes.
+        del self._in_flight, self._requests, self._answers, self._outbox, self._inbox
+        if self._pieces is not None:
+            self._pieces.stop()
         self.closed.set()
         self._on_closed(self)
 

@@ -3,7 +3,8 @@
 At worst, in MiB: operations hold 16 (IN_FLIGHT_BYTES_MAX) without what a last one needs; that is a
 payload of 32 which has nearly all arrived, beside the 8 that it grew from; and of replies that the
 peer has not taken, 2 (UNSENT_BYTES_MAX) and the rest of a slab of 2 that it has taken in part. With
-inbox and outbox that is 61, and no more because of what is kept for later (POOL_BYTES_MAX).
+inbox and outbox that is 61, and no more because of what is kept for later (POOL_BYTES_MAX). Over
+TLS, 2 more are encrypted and on their way out (pieces.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ digests, has few."""
 
 UNSENT_BYTES_MAX = 2 << 20
 """Reply bytes that the peer has not read, before we stop reading from it."""
+
+UNSENT_TLS_BYTES_MAX = 512 << 10
+"""The same of encrypted ones. They are copied twice on their way out."""
 
 BATCH_REQUESTS_MAX = 1024
 """Requests run in one turn of the loop: some 3 ms, then other connections have theirs."""

@@ -9,8 +9,8 @@ times what it costs to move one.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
+from typing import Protocol
 
 INBOX_BYTES = 256 * 1024
 """More than the kernel's default for a unix socket, so that one recv empties it."""
@@ -223,6 +223,16 @@ class Inbox:
         self.start, self.end = 0, end - start
 
 
+class Writer(Protocol):
+    """What an Outbox writes to: a transport, or what stands before one."""
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        """Send it, or keep it until it can be sent."""
+
+    def get_write_buffer_size(self) -> int:
+        """How many bytes are not sent yet."""
+
+
 class Outbox:
     """Replies, packed side by side: `slab.buffer[start:at]` is not written yet.
 
@@ -230,10 +240,10 @@ class Outbox:
     reply (`lend`), which is written on its own when it is ready.
     """
 
-    __slots__ = ("_pool", "_sent", "_start", "_transport", "_written", "at", "limit", "slab")
+    __slots__ = ("_pool", "_sent", "_start", "_writer", "_written", "at", "limit", "slab")
 
-    def __init__(self, transport: asyncio.Transport, pool: Pool) -> None:
-        self._transport = transport
+    def __init__(self, writer: Writer, pool: Pool) -> None:
+        self._writer = writer
         self._pool = pool
         self._written = 0  # bytes, ever
         self._sent: deque[tuple[int, Slab]] = deque()  # with what was written by its end
@@ -245,7 +255,7 @@ class Outbox:
     def begin(self) -> None:
         """Before a batch: use the slab from its start again, if everything in it has been sent."""
         if self.at or self._sent:
-            unsent = self._transport.get_write_buffer_size()
+            unsent = self._writer.get_write_buffer_size()
             if not unsent and not self.slab.users:
                 self.at = self._start = 0
             if self._sent:
@@ -255,10 +265,10 @@ class Outbox:
         """Write what is packed. May call the protocol's pause_writing."""
         at = self.at
         if at > self._start:
-            self._transport.write(self.slab.view[self._start : at])
+            self._writer.write(self.slab.view[self._start : at])
             self._written += at - self._start
             self._start = at
-            if not self.slab.users and not self._transport.get_write_buffer_size():
+            if not self.slab.users and not self._writer.get_write_buffer_size():
                 self.at = self._start = 0  # it is all gone: stay where the cache is warm
 
     def put(self, reply: bytes) -> None:
@@ -268,7 +278,7 @@ class Outbox:
             self.turn()
             end = self.at + len(reply)
             if end > self.limit:
-                self._transport.write(reply)
+                self._writer.write(reply)
                 self._written += len(reply)
                 return
         self.slab.buffer[self.at : end] = reply
@@ -279,18 +289,18 @@ class Outbox:
         self.flush()  # any order will do, but the order of requests is nicest
         self._written += len(reply)
         if not slab.pooled:
-            self._transport.write(reply)
+            self._writer.write(reply)
         elif 2 * len(reply) < len(slab.buffer):
             # Most of what was read were holes. How much may wait to be sent is bounded; what it
             # holds on to must not be a multiple of that.
-            self._transport.write(bytes(reply))
+            self._writer.write(bytes(reply))
             self._pool.give(slab)
         elif len(reply) <= _TAILED_MIN:
-            self._transport.write(reply)
+            self._writer.write(reply)
             self._sent.append((self._written, slab))
         else:
-            self._transport.write(reply[:-TAIL_BYTES])
-            self._transport.write(bytes(reply[-TAIL_BYTES:]))
+            self._writer.write(reply[:-TAIL_BYTES])
+            self._writer.write(bytes(reply[-TAIL_BYTES:]))
             self._sent.append((self._written - TAIL_BYTES, slab))
 
     def _recycle(self, unsent: int) -> None:

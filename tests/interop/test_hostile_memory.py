@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import select
+import ssl
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from hostile_support import MIB, Victim, replnbd
-from peers import PeerError, RawClient
-from peers.nbd_wire import READ, WRITE, request
+from peers import Authority, PeerError, RawClient
+from peers.nbd_wire import DISC, FIXED, READ, WRITE, request
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -83,3 +84,39 @@ def test_large_requests_after_others_of_other_sizes(victim: Victim) -> None:
     print(f"MiB: {peaks}")
     victim.healthy()
     assert max(peaks) * MIB < HELD_BYTES_MAX
+
+
+def test_over_tls_replies_that_nobody_reads_wait_unencrypted(short_dir: Path) -> None:
+    """The loop's TLS keeps what it has encrypted beside what it was given, twice. What waits comes
+    in full once it is read."""
+    authority = Authority(short_dir / "ca")
+    server = authority.issue("server", "localhost")
+    table = f'[tls]\ncertificate = "{server.certificate}"\nkey = "{server.key}"'
+    context = ssl.create_default_context(cafile=str(authority.certificate))
+    with replnbd(short_dir, big=True, listen=["nbds://127.0.0.1:0"], tables=[table]) as victim:
+        process, before = victim.process, victim.process.resident_bytes
+        for lengths in ([32 * MIB] * 3, [MIB] * 15 + [32 * MIB] * 2, [5 * MIB, 32 * MIB] * 2):
+            process.reset_peak()
+            with RawClient(("127.0.0.1", victim.ports[0])) as client:
+                client.send(FIXED)
+                client.start_tls(context, "localhost")
+                client.go("big", client_flags=b"")
+                for length in lengths:
+                    client.send(request(READ, 0, length))
+                wait_until_idle(victim)
+                peak = process.peak_bytes - before
+                assert peak < HELD_BYTES_MAX, f"{peak / MIB:.1f} MiB"
+                client.send(request(DISC))
+                for length in lengths:
+                    assert client.receive(16 + length)[16:] == bytes(length)
+                client.receive_rest()
+            victim.settle()
+            assert process.peak_bytes - before < HELD_BYTES_MAX
+            print(f"at most {(process.peak_bytes - before) / MIB:.1f} MiB")
+
+
+def wait_until_idle(victim: Victim) -> None:
+    """Until it has used no processor time for a while."""
+    used = -1.0
+    while used != (used := victim.process.cpu_s):
+        time.sleep(STALLED_S)

@@ -178,6 +178,33 @@ async def test_disc_is_answered_by_an_end_of_tls_behind_all_replies(
         client.hang_up()
 
 
+@on_both_loops
+async def test_disc_is_no_end_of_a_long_reply_that_is_not_read_yet(
+    short_dir: Path, pki: Pki, caplog: pytest.LogCaptureFixture
+) -> None:
+    node, length = GatedNode(8 * MIB), 8 * MIB  # more would keep DISC waiting
+    node.data[:] = random.randbytes(length)
+    async with (
+        serving_tls(short_dir, Export("e", node), tls=pki.tls()) as server,
+        leaving_nothing(server, caplog),
+    ):
+        client = await TlsClient.connect(short_dir)
+        await client.go("e", pki.context())
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        node.gate.clear()
+        client.send(request(READ, 0, length) + request(DISC))
+        await node.wait_waiting(1)
+        await settled(lambda: {each.state for each in server.connections} == {State.DRAINING})
+        node.gate.set()
+        await settled(lambda: {each.state for each in server.connections} == {State.LINGERING})
+        assert sum(each.unsent_bytes for each in server.connections) > length - 2 * MIB
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert await client.reply(length) == (0, 0, bytes(node.data))
+        assert await client.at_end()
+        client.notify()
+        client.hang_up()
+
+
 @pytest.mark.parametrize("how", ["fence", "remove"])
 @on_both_loops
 async def test_who_loses_its_export_is_told_eshutdown_and_then_the_end(

@@ -130,6 +130,34 @@ async def test_operations_of_who_leaves_end_and_so_does_all_else(
         assert node.data == written + bytes(MIB - len(written))
 
 
+@pytest.mark.parametrize("leave", WAYS)
+@on_both_loops
+async def test_long_replies_to_who_leaves_are_forgotten_at_once(
+    short_dir: Path,
+    pki: Pki,
+    caplog: pytest.LogCaptureFixture,
+    leave: Callable[[TlsClient], None],
+) -> None:
+    """Not when the collector comes: in a server at rest that may take hours."""
+    node, context = MemoryNode(32 * MIB), pki.context()
+    async with serving_tls(short_dir, Export("e", node), tls=pki.tls()) as server:
+        port = await tcp_port(server)
+        async with leaving_nothing(server, caplog):
+            client = await (await TlsClient.connect_tcp(port)).go("e", context)
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            client.send(request(READ, 0, 32 * MIB) * 3)
+            await settled(lambda: max(each.unsent_bytes for each in server.connections) > 16 * MIB)
+            assert server._pool.bytes > 32 * MIB
+            gc.disable()
+            try:
+                leave(client)
+                client.hang_up()
+                await settled(lambda: not server.connections)
+                await settled(lambda: server._pool.bytes < MIB)
+            finally:
+                gc.enable()
+
+
 @pytest.mark.parametrize("leave", [*RUDE, shut_down])
 @on_both_loops
 async def test_who_leaves_at_any_byte_of_a_record_has_written_nothing(
