@@ -28,6 +28,7 @@ from construct import (
 from replnbd.errors import ProtocolError
 from replnbd.nbd import constants as c
 from replnbd.nbd.directory import ExportOffer
+from replnbd.nbd.texts import wire_text
 
 GREETING = Struct(
     "magic" / Const(c.MAGIC_INIT),
@@ -182,8 +183,7 @@ def option_reply(option: int, reply: c.OptionReply, payload: bytes = b"") -> byt
 
 def option_error(option: int, reply: c.OptionReply, text: str) -> bytes:
     """An error reply, with a text "suitable for display to the user" of legal length."""
-    legal = text.encode()[: c.NAME_BYTES_MAX].decode(errors="ignore")  # no half a character
-    return option_reply(option, reply, legal.encode())
+    return option_reply(option, reply, wire_text(text))
 
 
 def describe_export(option: int, offer: ExportOffer, flags: int, request: InfoRequest) -> bytes:

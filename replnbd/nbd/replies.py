@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 
 from replnbd.nbd import constants as c
 from replnbd.nbd.sparse import HOLE_BLOCK, may_have_holes, runs
+from replnbd.nbd.texts import wire_text
 from replnbd.nbd.transmission import (
     EXTENDED_REQUEST_SIZE,
     REQUEST_SIZE,
@@ -124,7 +125,7 @@ class StructuredReplies(Replies):
         return super().ack(request)
 
     def error(self, request: Request, error: int, text: str, at: int | None = None) -> bytes:
-        message = text.encode(errors="replace")[: c.NAME_BYTES_MAX]
+        message = wire_text(text)
         payload = _ERROR.pack(error, len(message)) + message
         # ERROR_OFFSET is "valid as a reply to" what has a range.
         if at is None or request.command == c.CMD_FLUSH:

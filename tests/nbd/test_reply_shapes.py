@@ -55,3 +55,15 @@ def test_a_failure_says_where_it_was(replies: Replies, shape: Shape, command: in
 def test_a_flush_that_fails_is_nowhere(replies: Replies, shape: Shape) -> None:
     reply = replies.error(Request(0, wire.FLUSH, COOKIE, 0, 0), errno.EIO, "no", 0)
     assert decoded(shape, reply, Asked(wire.FLUSH)).at is None
+
+
+@structured_shapes
+@pytest.mark.parametrize("text", ["x" + "é" * 4096, "\udcff" * 5000, "é" * 2048])
+def test_a_long_text_ends_behind_a_whole_character(
+    replies: Replies, shape: Shape, text: str
+) -> None:
+    request = Request(0, wire.WRITE, COOKIE, 512, 4096)
+    reply = replies.error(request, errno.EIO, text)
+    answer = decoded(shape, reply, Asked(wire.WRITE, 512, 4096))
+    assert 4095 <= len(answer.text.encode()) <= 4096
+    assert text.replace("\udcff", "?").startswith(answer.text)
