@@ -5,11 +5,12 @@ server stops): what is in flight ends and is answered, what comes is answered by
 moment. DRAINING (after that; or the client said DISC or shut its side down): nothing is parsed any
 more. LINGERING: we have shut our side down, and wait for the client to do the same; to close at
 once would reset a connection on which something is still on its way, and the client might lose its
-last replies. CLOSED: the transport is gone; operations may still be in
-flight, and `closed` is set when the last has ended.
+last replies. CLOSED: the transport is gone; operations may still be in flight, and `closed` is set
+when the last has ended.
 
-Holding. While `_hold` is set nothing is parsed, and at the end of a batch reading stops too. It is
-set by whatever makes going on wrong, and `_release` clears it once none of that is true any more.
+Holding. While `Requests.hold` is set nothing is parsed, and at the end of a batch reading stops
+too. It is set by whatever makes going on wrong, and `_release` clears it once none of that is true
+any more.
 """
 
 from __future__ import annotations

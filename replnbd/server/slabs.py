@@ -321,12 +321,10 @@ class Outbox:
             self.limit = OUTBOX_BYTES
             self.at = self._start = 0
 
-    def lend(self, end: int) -> memoryview:
+    def lend(self, end: int) -> None:
         """The reply from `at` to `end` comes later: write what is before it, go on behind it.
 
         The caller counts itself as a user of the slab for as long as it uses the reply's bytes.
         """
-        at = self.at
         self.flush()
         self.at = self._start = end
-        return self.slab.view[at:end]

@@ -154,7 +154,8 @@ def test_an_outbox_never_changes_what_the_transport_has_not_sent() -> None:
             slab, at = outbox.slab, outbox.at
             slab.view[at : at + len(reply)] = reply
             if rng.random() < 0.1:
-                lent.append((slab, outbox.lend(at + len(reply)), reply))
+                lent.append((slab, slab.view[at : at + len(reply)], reply))
+                outbox.lend(at + len(reply))
                 slab.users += 1
             else:
                 outbox.at += len(reply)
