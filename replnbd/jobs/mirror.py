@@ -47,11 +47,11 @@ class MirrorTarget(Protocol):
     async def wait_answered(self, offset: int, length: int) -> None:
         """Until nothing is in flight in a range that is BEHIND, if order would be lost else."""
 
-    def copy(self, offset: int, data: memoryview) -> Awaitable[None]:
+    def copy(self, offset: int, data: memoryview) -> Awaitable[object]:
         """Send it, in order with all that is written; `data` does not change until it is answered.
         OSError from the awaitable: it was refused, and has fallen behind."""
 
-    def copy_zeroes(self, offset: int, length: int) -> Awaitable[None]:
+    def copy_zeroes(self, offset: int, length: int) -> Awaitable[object]:
         """The same of zeroes."""
 
     def nudge(self) -> None:
@@ -176,8 +176,7 @@ class MirrorJob(Job):
             await self._target.wait_answered(offset, length)  # not under the lock: it may take long
             answers = await self._send(buffer, offset, length, theirs)
             self._taken -= length
-            for answer in answers:
-                await answer
+            await asyncio.gather(*answers)
             self.progress_current += length
             self._buffers.append(buffer)
         except Exception as exc:
@@ -185,7 +184,7 @@ class MirrorJob(Job):
 
     async def _send(
         self, buffer: bytearray, offset: int, length: int, theirs: Sequence[int | None]
-    ) -> Sequence[Awaitable[None]]:
+    ) -> Sequence[Awaitable[object]]:
         """Step 2 of a chunk."""
         key = await self._ranges.acquire(offset, length, True)
         try:
@@ -194,7 +193,7 @@ class MirrorJob(Job):
             self.operation = "read"
             await self._source.pread(offset, view)
             self.operation = "write"
-            answers = []
+            answers: list[Awaitable[object]] = []
             for start, end, what in _runs(buffer, length, theirs):
                 if what == EQUAL:
                     self._dirty.found_equal(offset + start, end - start)

@@ -199,15 +199,24 @@ class Forwarder:
         if not self.ours:
             await self._in_flight.wait_without(offset, length)
 
-    def copy(self, offset: int, data: memoryview) -> asyncio.Future[None]:
-        """Send what is here, which is not BEHIND any more; OSError from the future: it is again."""
-        return self._send_copy(c.CMD_WRITE, offset, len(data), data)
+    def copy(self, offset: int, data: memoryview) -> Awaitable[object]:
+        """Send what is here, which is not BEHIND any more; OSError from the awaitable: it is again.
+        In pieces, if the copy does not take as much in one."""
+        step = len(data) if self.connection is None else self.connection.payload_bytes_max
+        return asyncio.gather(
+            *(
+                self._send_copy(
+                    c.CMD_WRITE, offset + at, min(step, len(data) - at), data[at : at + step]
+                )
+                for at in range(0, len(data), step)
+            )
+        )
 
-    def copy_zeroes(self, offset: int, length: int) -> asyncio.Future[None]:
+    def copy_zeroes(self, offset: int, length: int) -> Awaitable[object]:
         """The same of zeroes."""
         if self.connection is None or self.connection.can_zero:
             return self._send_copy(c.CMD_WRITE_ZEROES, offset, length)
-        return self._send_copy(c.CMD_WRITE, offset, length, bytes(length))
+        return self.copy(offset, memoryview(bytes(length)))
 
     def _send_copy(
         self, command: int, offset: int, length: int, payload: Buffer | None = None

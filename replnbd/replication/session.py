@@ -248,11 +248,11 @@ class Session:
         """See `jobs.MirrorTarget`."""
         await self._forwarder.wait_answered(offset, length)
 
-    def copy(self, offset: int, data: memoryview) -> Awaitable[None]:
+    def copy(self, offset: int, data: memoryview) -> Awaitable[object]:
         """See `jobs.MirrorTarget`."""
         return self._forwarder.copy(offset, data)
 
-    def copy_zeroes(self, offset: int, length: int) -> Awaitable[None]:
+    def copy_zeroes(self, offset: int, length: int) -> Awaitable[object]:
         """See `jobs.MirrorTarget`."""
         return self._forwarder.copy_zeroes(offset, length)
 

@@ -59,11 +59,24 @@ async def connect(
 async def connect_peer(target: NbdTarget, stack: AsyncExitStack) -> NbdConnection | None:
     """To the export for what two replnbd say to each other; None: the target is none of ours."""
     try:
-        return await connect(replace(target, export=EXPORT_PREFIX + target.export), (), stack)
+        peer = await connect(replace(target, export=EXPORT_PREFIX + target.export), (), stack)
     except OSError as exc:
         if exc.errno != errno.ENOENT:
             raise
         return None
+    if await _speaks(peer):
+        return peer
+    await peer.close()  # there may be servers that take one client at a time
+    return None
+
+
+async def _speaks(peer: NbdConnection) -> bool:
+    """Whether an export tells what its target is. nbdkit has one disk by all names: it does not."""
+    if peer.size != NODE_BYTES:
+        return False
+    buffer = bytearray(NODE_BYTES)
+    await peer.pread(0, memoryview(buffer))
+    return buffer.startswith(b"{")
 
 
 def contexts_for(peer: NbdConnection | None) -> tuple[str, ...]:
@@ -79,7 +92,7 @@ def can_tell(connection: NbdConnection) -> bool:
 
 async def ask(peer: NbdConnection) -> PeerState:
     """What the target is. OSError; ValueError if it cannot be understood."""
-    buffer = bytearray(min(NODE_BYTES, peer.size))
+    buffer = bytearray(NODE_BYTES)
     await peer.pread(0, memoryview(buffer))
     return decode_state(buffer)
 

@@ -13,6 +13,7 @@
     QemuPrimary    one whose disk is a quorum: with QEMU's filter (FilterPrimary) or PlainPrimary
     QemuSecondary  QEMU 7.2 with its own replication filter: the oracle
     ReplnbdDaemon  `replnbd serve` on a configuration of the test
+    ReplnbdPrimary the same for one disk in mode primary
     Authority      signs certificates for tests of TLS
     run_replnbd    any `replnbd` command, run to its end
 
@@ -36,6 +37,7 @@ from peers.qemu import QemuDisk, QemuSecondary
 from peers.qemu_primary import FilterPrimary, PlainPrimary, QemuPrimary
 from peers.qmp_client import Answer, QmpClient
 from peers.replnbd import ReplnbdDaemon, ReplnbdDisk
+from peers.replnbd_primary import ReplnbdPrimary
 
 __all__ = [
     "REPLNBD",
@@ -70,6 +72,7 @@ __all__ = [
     "ReadChunk",
     "ReplnbdDaemon",
     "ReplnbdDisk",
+    "ReplnbdPrimary",
     "Traffic",
     "Way",
     "fingerprints",

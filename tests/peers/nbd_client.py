@@ -226,6 +226,11 @@ class NbdClient:
         time: a server whose replies nobody reads stops reading requests."""
         return {self._send(CMD_WRITE, at, len(data), data=memoryview(data)) for at, data in writes}
 
+    def send(self, command: int, offset: int, length: int, data: bytes | None = None) -> int:
+        """One request that is no READ, and no reply is read; its cookie is for `finish`."""
+        view = None if data is None else memoryview(data)
+        return self._send(command, offset, length, data=view)
+
     def finish(self, pending: set[int]) -> None:
         """Read the replies, which may come in any order (proto.md, "Ordering of messages and
         writes"); the first error reply raises once all came."""
