@@ -4,7 +4,7 @@ mirror, by a dirty map).
 A run of granules is looked at in chunks, several at a time. Where the copy tells digests of what it
 has, only what differs is sent; a hole on both sides costs next to nothing, however long.
 
-    1. their digests, if there are any
+    1. nothing of it is on its way any more; then their digests, if there are any
     2. under an exclusive lock on the chunk: what is here; what is equal is found_equal, what is
        not is on its way, from then on together with new writes to it
     3. without the lock: wait for the answer. What was refused is BEHIND again
@@ -119,6 +119,7 @@ class MirrorJob(Job):
 
     async def _look_at(self, offset: int, length: int) -> int:
         """Begin to copy the first part of a run that is BEHIND; returns its end."""
+        await self._target.wait_answered(offset, length)  # not under a lock: it may take long
         theirs = await self._target.digests(offset, length)
         if theirs is None:
             theirs = [(min(CHUNK, length), None)]
@@ -173,7 +174,6 @@ class MirrorJob(Job):
     async def _copy(self, offset: int, length: int, theirs: Sequence[int | None]) -> None:
         buffer = self._buffers.pop() if self._buffers else bytearray(CHUNK)
         try:
-            await self._target.wait_answered(offset, length)  # not under the lock: it may take long
             answers = await self._send(buffer, offset, length, theirs)
             self._taken -= length
             await asyncio.gather(*answers)

@@ -39,7 +39,10 @@ class InFlight:
         blocks = self._blocks
         if not blocks:
             return False
-        return any(block in blocks for block in _blocks(offset, length))
+        wanted = _blocks(offset, length)
+        if len(wanted) > len(blocks):
+            return any(block in wanted for block in blocks)
+        return any(block in blocks for block in wanted)
 
     def add(self, offset: int, length: int) -> None:
         """A request is sent."""
