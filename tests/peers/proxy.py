@@ -290,6 +290,9 @@ class Proxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for link in self._links:  # those of which nothing was served yet
+            for sock in link.sockets:
+                _close(sock, End.RESET)
 
     def __enter__(self) -> Self:
         return self
