@@ -13,8 +13,17 @@ cancelled it. `JobRegistry` is where QMP finds them.
 from replnbd.jobs.backup import BackupJob
 from replnbd.jobs.commit import CommitJob
 from replnbd.jobs.job import Job, JobStatus
-from replnbd.jobs.mirror import MirrorJob
+from replnbd.jobs.mirror import MirrorJob, MirrorTarget
 from replnbd.jobs.registry import JobRegistry
 from replnbd.jobs.verify import VerifyJob
 
-__all__ = ["BackupJob", "CommitJob", "Job", "JobRegistry", "JobStatus", "MirrorJob", "VerifyJob"]
+__all__ = [
+    "BackupJob",
+    "CommitJob",
+    "Job",
+    "JobRegistry",
+    "JobStatus",
+    "MirrorJob",
+    "MirrorTarget",
+    "VerifyJob",
+]

@@ -87,9 +87,13 @@ class MirrorJob(Job):
         self._taken = 0
         """Bytes in chunks that have begun and not ended."""
 
+    @property
+    def bytes_left(self) -> int:
+        """To be looked at; in whole granules, and so at most."""
+        return self._dirty.behind * GRANULE + self._taken
+
     def describe(self) -> dict[str, object]:
-        left = self._dirty.behind * GRANULE + self._taken
-        self.progress_total = self.progress_current + left
+        self.progress_total = self.progress_current + self.bytes_left
         return super().describe()
 
     async def run(self) -> None:

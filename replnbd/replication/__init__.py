@@ -38,10 +38,12 @@ from replnbd.replication.journal import (
     Layer,
     Record,
 )
+from replnbd.replication.link_mirror import LinkMirror, MirrorTerms
 from replnbd.replication.nodes import GateNode
 from replnbd.replication.peer import RESYNC_BITMAP, PeerNode, peer_export
 from replnbd.replication.primary import PrimaryDisk
 from replnbd.replication.primary_group import PrimaryGroup
+from replnbd.replication.session import LinkState
 from replnbd.replication.stage import Command, Stage
 
 __all__ = [
@@ -57,6 +59,9 @@ __all__ = [
     "History",
     "Journal",
     "Layer",
+    "LinkMirror",
+    "LinkState",
+    "MirrorTerms",
     "PeerNode",
     "PrimaryDisk",
     "PrimaryGroup",

@@ -7,6 +7,10 @@
     LIVE         the copy is in step, but for what is on its way
 
 While there is a way there is a Session (session.py).
+
+Two may have a disk's link, one at a time: replication, for the disk's standby, and the graph, for a
+node that a user has added: either as the target of a mirror, whose job (link_mirror.py) is told of
+everything then and is the only one that is seen, or as the disk's child.
 """
 
 from __future__ import annotations
@@ -17,16 +21,19 @@ import logging
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from replnbd.block import BlockNode, RangeLock
 from replnbd.errors import ConfigError, ProtocolError, StateError
 from replnbd.events import EventBus
-from replnbd.jobs import JobRegistry, JobStatus, MirrorJob, VerifyJob
+from replnbd.jobs import Job, JobRegistry, JobStatus, MirrorJob, MirrorTarget, VerifyJob
 from replnbd.replication.forwarder import Forwarder
 from replnbd.replication.history import History
 from replnbd.replication.session import LinkState, Session
 from replnbd.replication.target import Refused, can_tell
+
+if TYPE_CHECKING:
+    from replnbd.replication.link_mirror import LinkMirror
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +73,13 @@ class Link:
         self.reason: str | None = None
         """Why there is no way, or none may be."""
         self.to: str | None = None
-        self.node_name = f"{name}-remote"
+        self.own_node_name = self.node_name = f"{name}-remote"
+        """As what it is known in the graph: another one while a node that was added has it."""
+        self.mirror: LinkMirror | None = None
+        """The job that has started this, if one has."""
+        self.from_scratch = False
+        """The target is to get everything: what is known of it is not to be relied on, unless it
+        is a replnbd, which knows itself."""
         self.bytes_copied = 0
         """By mirror jobs that have ended."""
         self.forwarder = Forwarder(
@@ -81,24 +94,46 @@ class Link:
         self.ranges = ranges
         self.bus = bus
         self.jobs = jobs
+        self._sync = sync
         self._verifying: VerifyJob | None = None
         self._on_error = on_error
         self._on_state = on_state
         self._session: Session | None = None
+        self._yanked = False
         self._task: asyncio.Task[None] | None = None
-        self._settled = asyncio.Event()
-        """The state is not SYNCING (any more)."""
+        self._changed = asyncio.Event()
+        """The state, or the reason of it."""
         self._stepping = asyncio.Lock()
 
     @property
-    def job(self) -> MirrorJob | None:
+    def job(self) -> Job | None:
         """What brings the copy up to date."""
+        return self.mirror or self._copying
+
+    @property
+    def _copying(self) -> MirrorJob | None:
         return None if self._session is None else self._session.job
 
     # Section: its owner's
 
     def start(self, to: str) -> None:
         """Send to the target at the URI `to` from now on, for as long as it takes."""
+        self._start(to)
+
+    def start_for(self, node_name: str, to: str) -> None:
+        """The same of a node that was added, as this disk's child."""
+        self.node_name = node_name
+        self._start(to)
+
+    def start_by(self, mirror: LinkMirror, node_name: str, to: str, *, sync: bool) -> None:
+        """The same as the target of a mirror, which is to `stop` it. `sync`: a write is answered
+        when the target has it, too."""
+        self.mirror, self.from_scratch = mirror, True
+        self.node_name = node_name
+        self.forwarder.sync = self._sync or sync
+        self._start(to)
+
+    def _start(self, to: str) -> None:
         assert self._task is None
         self.to = to
         self.set_state(LinkState.CONNECTING)
@@ -118,16 +153,36 @@ class Link:
         task.cancel()
         await asyncio.wait([task])
         self.set_state(LinkState.OFF)
+        self.mirror, self.from_scratch = None, False
+        self.node_name = self.own_node_name
+        self.forwarder.sync = self._sync
+
+    def yank(self) -> None:
+        """Cut the way now, whatever waits for it, and look for none any more until the next start.
+        Never waits."""
+        task = self._task
+        if task is None or task.done():
+            return
+        self._yanked = True
+        if self._session is not None and self.state in (LinkState.SYNCING, LinkState.LIVE):
+            self._session.lose(_yanked())
+        else:
+            task.cancel()
+            self._end_yanked()
 
     async def wait_in_step(self) -> None:
         """Until everything that was written before this call has arrived. OSError if there is no
         way."""
         while self.state is LinkState.SYNCING:
-            self._settled.clear()
-            await self._settled.wait()
+            await self.wait_changed()
         if self.state is not LinkState.LIVE:
             raise OSError(errno.ENOTCONN, self.reason or "there is no way to the standby")
         await self.forwarder.prove()
+
+    async def wait_changed(self) -> None:
+        """Until its state changes, or the reason of it."""
+        self._changed.clear()
+        await self._changed.wait()
 
     def check_verify(self) -> None:
         """StateError if `verify` cannot be: there is no way, or the target tells no digests."""
@@ -151,9 +206,10 @@ class Link:
     def describe(self) -> dict[str, Any]:
         """For `x-replnbd-status`; sizes in bytes."""
         connection = self.forwarder.connection
-        job = self.job
+        job = self._copying
         return {
             "to": self.to,
+            "node-name": self.node_name,
             "state": self.state.value,
             "reason": self.reason,
             "behind-bytes": self.history.map.behind_bytes,
@@ -168,40 +224,79 @@ class Link:
 
     async def _live(self, to: str) -> None:
         delay_s = BACK_OFF_S[0]
+        self._yanked = False
         while True:
+            failure: OSError
             self._session = Session(self, to)
             try:
                 await self._session.run()
             except Refused as exc:
+                failure = OSError(errno.EPERM, str(exc))
                 self.set_state(LinkState.REFUSED, str(exc))
                 delay_s = REFUSED_S
             except (OSError, ProtocolError, ConfigError, ValueError) as exc:
+                failure = exc if isinstance(exc, OSError) else OSError(errno.EPROTO, str(exc))
                 was_up = self.state in (LinkState.SYNCING, LinkState.LIVE)
-                self.set_state(LinkState.CONNECTING, getattr(exc, "strerror", None) or str(exc))
+                self.set_state(LinkState.CONNECTING, failure.strerror or str(failure))
                 delay_s = BACK_OFF_S[0] if was_up else min(2 * delay_s, BACK_OFF_S[1])
             except Exception:
                 log.exception("link of %s: our bug", self.name)
-                self.set_state(LinkState.CONNECTING, "a bug, see the log")
+                failure = OSError(errno.EIO, "a bug, see the log")
+                self.set_state(LinkState.CONNECTING, failure.strerror)
                 delay_s = BACK_OFF_S[1]
             finally:
                 self._session = None
+            if self._yanked:
+                return self._end_yanked()
+            if self.mirror is not None:
+                self.mirror.way_failed(failure, final=self.state is LinkState.REFUSED)
             await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
 
     def set_state(self, state: LinkState, reason: str | None = None) -> None:
         """Tell of it, if it is another one."""
         changed = state is not self.state
         self.state, self.reason = state, reason
-        if state is not LinkState.SYNCING:
-            self._settled.set()
+        self._changed.set()
+        if self.mirror is not None:
+            self.mirror.nudge()
         if changed:
             self._on_state(state)
             why = f": {reason}" if reason else ""
             log.info("link of %s to %s: %s%s", self.name, self.to, state.value, why)
             self.bus.emit("x-replnbd-link", device=self.name, state=state.value, reason=reason)
 
+    def _end_yanked(self) -> None:
+        failure = _yanked()
+        self.set_state(LinkState.REFUSED, failure.strerror)
+        if self.mirror is not None:
+            self.mirror.way_failed(failure, final=True)
+
+    def new_job(self, target: MirrorTarget) -> MirrorJob:
+        """To copy what is BEHIND, and started."""
+        mirror = self.mirror
+        bus = self.bus if mirror is None else EventBus()  # nobody hears of it: see the mirror
+        job = MirrorJob(
+            f"mirror-{self.name}", bus, self.source, self.ranges, self.history.map, target
+        )
+        if mirror is None:
+            self.jobs.add(job)
+        job.start()
+        if mirror is not None:
+            mirror.copies_by(job)
+        return job
+
+    def job_ended(self, job: MirrorJob) -> None:
+        """It has ended. If with an error, there will be another one."""
+        self.bytes_copied += job.bytes_copied
+        if self.mirror is not None:
+            self.mirror.copied(job)
+
     def way_lost(self, reason: OSError) -> None:
         """A session is about to end."""
         self._on_error(reason)
+        if self.mirror is None:
+            # Whoever watches the child need not wait for the next write.
+            self._report_bad("flush", reason, 0, 0)
 
     async def disconnected(self, *, lossy: bool) -> None:
         """A session has ended; `lossy`: what clients know to be written may not have arrived."""
@@ -223,6 +318,14 @@ class Link:
 
     def _bad(self, operation: str, error: OSError, offset: int, length: int) -> None:
         self._on_error(error)
+        if self.mirror is None:
+            self._report_bad(operation, error, offset, length)
+        elif self.state in (LinkState.SYNCING, LinkState.LIVE):
+            connection = self.forwarder.connection
+            if connection is not None and not connection.closed:  # else the way has failed
+                self.mirror.target_failed(error)
+
+    def _report_bad(self, operation: str, error: OSError, offset: int, length: int) -> None:
         self.bus.emit(
             "QUORUM_REPORT_BAD",
             type=operation,
@@ -231,3 +334,7 @@ class Link:
             sector_num=offset // SECTOR,
             sectors_count=-(-length // SECTOR),
         )
+
+
+def _yanked() -> OSError:
+    return OSError(errno.ECONNABORTED, "the connection was yanked")

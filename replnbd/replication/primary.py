@@ -7,7 +7,12 @@
       quorum             reads: local; writes: local, then on to the copy
       /    \\
     local   link         while the stage is *running* (QEMU's replication filter, mode=primary,
-                         which answers EIO in every other stage: the quorum swallows that)
+                         which answers EIO in every other stage: the quorum swallows that),
+                         or while it is lent
+
+While replication does not need the link it can be *lent* to the graph, whatever the stage: for a
+node that was added, as QEMU's quorum has a child without any replication filter. The commands of
+replication then do as they do in a QEMU that has no such filter: nothing, and well.
 
 What must outlive the process is in the disk's History.
 """
@@ -56,6 +61,8 @@ class PrimaryDisk:
         self.stage = history.record.stage
         self.error: str | None = None
         """What `query-xen-replication-status` says is wrong, while something is."""
+        self.lent = False
+        """Whether the graph has the link."""
         self._bus = bus
         self._ranges = RangeLock()
         self.link = Link(
@@ -68,7 +75,7 @@ class PrimaryDisk:
     @property
     def replication_error(self) -> str | None:
         """What `query-xen-replication-status` answers: None, or QEMU's text."""
-        if self.stage is Stage.NONE:
+        if self.stage is Stage.NONE and not self.lent:
             return NOT_RUNNING
         return IO_ERROR if self.error is not None else None
 
@@ -83,7 +90,33 @@ class PrimaryDisk:
             return self.stage  # QEMU's filter does nothing then, in any stage
         if command is Command.FAILOVER:
             command = Command.STOP  # the same, for a primary
+        if self.lent and command is not Command.RESET:
+            if command is Command.START and self.to is not None:
+                raise StateError(self.taken)
+            return None
         return next_stage(self.stage, command)
+
+    # Section: the link, lent
+
+    @property
+    def taken(self) -> str:
+        """Why nobody else can have the link."""
+        node_name = self.link.node_name
+        return f"Node '{self.name}' has one copy at a time, and that is '{node_name}' now"
+
+    def lend(self) -> None:
+        """The link is the graph's, until `take_back`. StateError if it is in use."""
+        if self.lent or self.link.state is not LinkState.OFF:
+            raise StateError(self.taken)
+        self.lent = True
+
+    def take_back(self) -> None:
+        """The graph has stopped the link."""
+        assert self.link.state is LinkState.OFF
+        self.lent = False
+        self.error = None
+
+    # Section: the group's commands
 
     def resume(self) -> None:
         """Go on in the stage of an earlier process."""
@@ -98,7 +131,8 @@ class PrimaryDisk:
     async def stop(self, stage: Stage) -> None:
         """Stage *done* or *none*: nothing is sent any more. StateError if it is not recorded."""
         await self._set_stage(stage)
-        await self.link.stop()
+        if not self.lent:
+            await self.link.stop()
 
     async def demote(self) -> None:
         """This disk is a standby's from now on. StateError if that cannot be recorded."""
@@ -116,7 +150,7 @@ class PrimaryDisk:
     async def wait_in_step(self) -> None:
         """Until all that was written has arrived, if there is a way; a standby that cannot be
         reached is no error of the primary's."""
-        if self.stage is Stage.RUNNING and self.link.state is LinkState.LIVE:
+        if (self.stage is Stage.RUNNING or self.lent) and self.link.state is LinkState.LIVE:
             try:
                 await self.link.wait_in_step()
             except OSError as exc:

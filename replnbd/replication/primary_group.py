@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from replnbd.errors import StateError
 from replnbd.replication.group_steps import check_mode
@@ -68,11 +69,23 @@ class PrimaryGroup:
         have in common is forgotten, and everything is compared at the next start."""
         async with self._turn:
             disks = self._moving(Command.RESET, "primary")
+            if force:
+                for disk in disks:
+                    if disk.lent:
+                        raise StateError(disk.taken)
             if force and all(disk.stage is Stage.NONE for disk in disks):
                 for disk in disks:
                     await disk.forget()
             for disk in disks:
                 await disk.stop(Stage.NONE)
+
+    @asynccontextmanager
+    async def between_commands(self) -> AsyncIterator[None]:
+        """No command is under way while this is held. StateError at the end of the daemon."""
+        async with self._turn:
+            if self._closed:
+                raise StateError("replnbd is shutting down")
+            yield
 
     async def demote(self) -> None:
         """All disks are a standby's from now on, and are about to be closed. StateError if that

@@ -88,7 +88,7 @@ class Session:
             await self._mark(decided, data)
             if self._must_sync:
                 await self._begin(decided)
-            data.on_closed = self._lose
+            data.on_closed = self.lose
             self._forwarder.connect(data, ours=self._peer is not None)
             stack.push_async_callback(self._disconnect)
             tending = asyncio.get_running_loop().create_task(self._tend())
@@ -107,6 +107,7 @@ class Session:
         if self._peer is None:
             self._in_step = True  # it does not tell
             known = record.pair is not None and record.foreign == self._to
+            known = known and not self._link.from_scratch
             return Plan.INCREMENTAL if known else Plan.FULL
         state = await ask(self._peer)
         if state.size != record.size:
@@ -131,6 +132,7 @@ class Session:
         """What the target has otherwise is to be copied."""
         if decided is Plan.FULL:
             await self._history.begin_pair(None if self._peer is not None else self._to)
+            self._link.from_scratch = False
         elif self._peer is not None:
             async for offset, length in marks(data):
                 await self._history.map.mark_behind(offset, length)
@@ -170,14 +172,10 @@ class Session:
     async def _sync(self) -> bool:
         """Whether all has been copied; False: the target could not store all of it."""
         link = self._link
-        self.job = job = MirrorJob(
-            f"mirror-{link.name}", link.bus, link.source, link.ranges, self._history.map, self
-        )
-        link.jobs.add(job)
-        job.start()
+        self.job = job = link.new_job(self)
         await job.wait()
         self.job = None
-        link.bytes_copied += job.bytes_copied
+        link.job_ended(job)
         self._check_way()
         if job.error is not None:
             link.set_state(LinkState.SYNCING, f"{job.id}: {job.error.strerror}")
@@ -208,18 +206,19 @@ class Session:
                     if state.fenced:
                         raise OSError(errno.ESHUTDOWN, OUTDATED)
         except (OSError, ProtocolError, ValueError) as exc:
-            self._lose(exc if isinstance(exc, OSError) else OSError(errno.EPROTO, str(exc)))
+            self.lose(exc if isinstance(exc, OSError) else OSError(errno.EPROTO, str(exc)))
 
-    def _lose(self, reason: OSError) -> None:
+    def lose(self, reason: OSError) -> None:
+        """There is no way any more: what waits for it fails."""
         if self._lost is None:
             self._lost = reason
             self._link.way_lost(reason)
         self._wake.set()
         if self.job is not None:
             self.job.give_up()
-        connection = self._forwarder.connection
-        if connection is not None and not connection.closed:
-            connection.abort(reason)
+        for connection in (self._forwarder.connection, self._peer):
+            if connection is not None and not connection.closed:
+                connection.abort(reason)
 
     def _check_way(self) -> None:
         if self._lost is not None:
@@ -227,12 +226,15 @@ class Session:
 
     async def _disconnect(self) -> None:
         """What was on its way is marked."""
+        connection = self._forwarder.connection
+        if connection is not None:
+            connection.on_closed = None  # if we close it, nothing is lost
         lossy = self._forwarder.disconnect()
         job, self.job = self.job, None
         if job is not None:
-            self._link.bytes_copied += job.bytes_copied
             job.give_up()
             await job.wait()
+            self._link.job_ended(job)
         await self._link.disconnected(lossy=lossy)
 
     # Section: MirrorTarget
