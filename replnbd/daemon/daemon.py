@@ -12,7 +12,7 @@ from replnbd.daemon.activation import PassedSockets
 from replnbd.daemon.config import Config, TlsConfig
 from replnbd.daemon.demotion import begins_as_standby, demoted
 from replnbd.daemon.describe import describe_node
-from replnbd.daemon.graph import Graph, GraphControl, NotConnected
+from replnbd.daemon.graph import Graph, GraphControl
 from replnbd.daemon.job_control import JobControl
 from replnbd.daemon.primary_side import PrimarySide
 from replnbd.daemon.side import Services, Side
@@ -45,7 +45,7 @@ class Daemon(JobControl, GraphControl):
         self._passed = passed or PassedSockets()
         self.events = EventBus()
         self.jobs_registry = JobRegistry()
-        self.graph = Graph(self.jobs_registry, NotConnected)
+        self.graph = Graph(self.jobs_registry, lambda: self.side.quorums())
         self.server = NbdServer(
             self.events,
             tls=_credentials(config.tls),
@@ -103,11 +103,10 @@ class Daemon(JobControl, GraphControl):
         if self._control is not None:
             self._control.refuse_changes("replnbd is shutting down")
         await self.server.close(timeout_s=CLOSE_TIMEOUT_S)
-        await self.graph.end_jobs()
         try:
-            await self.side.close()
+            async with self.graph.at_rest():
+                await self.side.close()
         finally:
-            await self.graph.close()
             if self._control is not None:
                 await self._control.close()
                 self._control = None
@@ -168,12 +167,13 @@ class Daemon(JobControl, GraphControl):
         side = self.side
         if not isinstance(side, PrimarySide):
             raise StateError("this is a standby already")
-        await side.demote()
-        for name in tuple(self.server.exports):
-            await self.server.remove_export(name, "hard")
-        await side.close()
-        self.side = await self._new_side()
-        await self.side.open([])
+        async with self.graph.at_rest():
+            await side.demote()
+            for name in tuple(self.server.exports):
+                await self.server.remove_export(name, "hard")
+            await side.close()
+            self.side = await self._new_side()
+            await self.side.open([])
 
     # Section: nodes and exports (Backend)
 

@@ -105,14 +105,19 @@ def describe_node(node: BlockNode) -> dict[str, Any]:
     return description
 
 
-def describe_remote(options: NbdNodeOptions, size: int) -> dict[str, Any]:
+def describe_remote(node_name: str, uri: str, size: int) -> dict[str, Any]:
     """The same of a node that is another server's export."""
+    return _block_device_info(node_name, "nbd", uri, size)
+
+
+def describe_added(options: NbdNodeOptions, size: int) -> dict[str, Any]:
+    """The same of one that was added."""
     server = options.server
     if isinstance(server, InetServer):
         uri = f"nbd://{server.host}:{server.port}/{options.export}"
     else:
         uri = f"nbd+unix:///{options.export}?socket={server.path}"
-    description = _block_device_info(options.node_name, "nbd", uri, size)
+    description = describe_remote(options.node_name, uri, size)
     return description | {"detect_zeroes": options.detect_zeroes}
 
 

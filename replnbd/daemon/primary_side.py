@@ -12,6 +12,7 @@ from replnbd.daemon.config import DiskConfig
 from replnbd.daemon.describe import primary_nodes, primary_status
 from replnbd.daemon.histories import history_path, make_history, open_history
 from replnbd.daemon.images import check_sectors, open_image
+from replnbd.daemon.quorum import PrimaryQuorum
 from replnbd.daemon.side import Services, Side
 from replnbd.errors import StateError
 from replnbd.replication import (
@@ -35,6 +36,7 @@ class PrimarySide(Side):
     def __init__(self, disks: Sequence[DiskConfig], services: Services) -> None:
         super().__init__(disks, services)
         self.group = PrimaryGroup(())
+        self._quorums: list[PrimaryQuorum] = []
 
     async def open(self, created: list[str]) -> None:
         """See `Side`."""
@@ -44,7 +46,9 @@ class PrimarySide(Side):
                 disk = await self._open_disk(config, created)
                 disks.append(disk)
         finally:
-            self.group = PrimaryGroup(disks)
+            self.group = group = PrimaryGroup(disks)
+            bus = self.services.events
+            self._quorums = [PrimaryQuorum(disk, group, bus) for disk in disks]
         for config, disk in zip(self.configs, disks, strict=True):
             export = self.new_export(disk.name, disk.name, f"disk {disk.name}")
             assert export is not None
@@ -75,6 +79,10 @@ class PrimarySide(Side):
     def nodes(self) -> list[BlockNode]:
         """See `Side`."""
         return [node for disk in self.group.disks for node in primary_nodes(disk)]
+
+    def quorums(self) -> list[PrimaryQuorum]:
+        """See `Side`."""
+        return self._quorums
 
     def new_export(
         self, name: str, node_name: str, description: str, *, writable: bool = True

@@ -10,6 +10,7 @@ from typing import Any
 
 from replnbd.block import BlockNode
 from replnbd.daemon.config import DiskConfig
+from replnbd.daemon.graph import QuorumDisk
 from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.jobs import JobRegistry
@@ -58,6 +59,10 @@ class Side(ABC):
         self, name: str, node_name: str, description: str, *, writable: bool = True
     ) -> Export | None:
         """An export of the node of that name; None if it cannot be exported."""
+
+    def quorums(self) -> Sequence[QuorumDisk]:
+        """Disks that can be mirrored, and that take nodes for children."""
+        return ()
 
     async def settle(self) -> None:
         """Until what a command has begun to disconnect is gone."""

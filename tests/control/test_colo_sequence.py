@@ -16,7 +16,7 @@ from control_fakes import FakeBackend, RawClient
 from peers import Process
 
 from replnbd.control import ControlServer, MirrorOptions
-from replnbd.daemon.graph import AddedNode, Graph, GraphControl, NotConnected
+from replnbd.daemon.graph import AddedNode, Graph, GraphControl
 from replnbd.daemon.job_control import JobControl
 from replnbd.events import EventBus
 from replnbd.jobs import Job, JobRegistry
@@ -46,6 +46,8 @@ class Disk:
     """A quorum, as far as commands see it."""
 
     name = "colo-disk0"
+    size = SIZE
+    standby = None
 
     def __init__(self, bus: EventBus) -> None:
         self._bus = bus
@@ -61,7 +63,16 @@ class Disk:
     async def remove_child(self, child: str) -> None:
         del self._added[int(child.partition(".")[2]) - 1]
 
-    def mirror(self, target: AddedNode, options: MirrorOptions) -> Job:
+    def reaches(self, node_name: str) -> bool:
+        return False
+
+    def yank(self, node_name: str) -> None:
+        return
+
+    def hurry(self) -> None:
+        return
+
+    async def mirror(self, target: AddedNode, options: MirrorOptions) -> Job:
         return Mirror(options.job_id, self._bus, auto_dismiss=options.auto_dismiss)
 
 
@@ -71,8 +82,8 @@ class OneDisk(JobControl, GraphControl, FakeBackend):
     def __init__(self) -> None:
         super().__init__()
         self.jobs_registry = JobRegistry()
-        self.graph = Graph(self.jobs_registry, NotConnected)
-        self.graph.add_disk(Disk(self.events))
+        disk = Disk(self.events)
+        self.graph = Graph(self.jobs_registry, lambda: [disk])
 
     def block_nodes(self) -> list[dict[str, Any]]:
         own = [{"node-name": name} for name in ("colo-disk0", "local")]

@@ -10,7 +10,7 @@ import pytest
 from daemon_support import Setup
 
 from replnbd.control import InetServer, MirrorOptions, NbdNodeOptions
-from replnbd.daemon.graph import AddedNode, Graph, NotConnected
+from replnbd.daemon.graph import AddedNode, Graph
 from replnbd.errors import ReplnbdError
 from replnbd.events import EventBus
 from replnbd.jobs import Job, JobRegistry
@@ -35,7 +35,10 @@ class FakeDisk:
 
     def __init__(self, bus: EventBus) -> None:
         self.name = "vm0"
+        self.size = 1 << 20
+        self.standby: tuple[str, str] | None = None
         self.bus = bus
+        self.done: list[str] = []
         self.added: list[tuple[str, AddedNode]] = []
         self.busy: asyncio.Event | None = None
 
@@ -51,33 +54,27 @@ class FakeDisk:
     async def remove_child(self, child: str) -> None:
         self.added = [each for each in self.added if each[0] != child]
 
-    def mirror(self, target: AddedNode, options: MirrorOptions) -> Job:
+    def reaches(self, node_name: str) -> bool:
+        return node_name in dict(self.children()).values()
+
+    def yank(self, node_name: str) -> None:
+        self.done.append(f"yank {node_name}")
+
+    def hurry(self) -> None:
+        if self.busy is not None:
+            self.busy.set()
+
+    async def mirror(self, target: AddedNode, options: MirrorOptions) -> Job:
         return FakeMirror(options.job_id, self.bus, auto_dismiss=options.auto_dismiss)
-
-
-class FakeRemote(NotConnected):
-    """Notes what is done to it."""
-
-    def __init__(self, options: NbdNodeOptions, done: list[str]) -> None:
-        super().__init__(options)
-        self._done = done
-
-    def yank(self) -> None:
-        self._done.append(f"yank {self.options.node_name}")
-
-    async def close(self) -> None:
-        self._done.append(f"close {self.options.node_name}")
 
 
 class World:
     """A graph with one disk, and two nodes that were added."""
 
     def __init__(self) -> None:
-        self.done: list[str] = []
         self.jobs = JobRegistry()
-        self.graph = Graph(self.jobs, lambda options: FakeRemote(options, self.done))
         self.disk = FakeDisk(EventBus())
-        self.graph.add_disk(self.disk)
+        self.graph = Graph(self.jobs, lambda: [self.disk])
         for name in ("nbd0", "nbd1"):
             self.graph.add(NbdNodeOptions(name, InetServer("h", "1"), "colo0"))
 
@@ -94,7 +91,8 @@ class World:
 async def world() -> AsyncIterator[World]:
     world = World()
     yield world
-    await world.graph.end_jobs()
+    async with world.graph.at_rest():
+        pass
 
 
 async def test_a_resync_and_then_a_child(world: World) -> None:
@@ -114,7 +112,6 @@ async def test_a_resync_and_then_a_child(world: World) -> None:
             await refused
     await world.graph.remove_child("vm0", "children.1")
     await world.graph.delete("nbd0")
-    assert world.done == ["close nbd0"]
     assert world.graph.yankable() == ["nbd1"]
 
 
@@ -184,7 +181,7 @@ async def test_changes_wait_for_each_other_and_yank_for_none(world: World) -> No
     deleting = asyncio.create_task(world.graph.delete("nbd0"))
     await asyncio.sleep(0)
     world.graph.yank("nbd0")
-    assert world.done == ["yank nbd0"]
+    assert world.disk.done == ["yank nbd0"]
     world.disk.busy.set()
     await adding
     with pytest.raises(ReplnbdError, match=r"^Block device nbd0 is in use$"):
@@ -196,13 +193,36 @@ async def test_only_what_was_added_can_be_removed(world: World) -> None:
         await world.graph.delete("vm0-local")
 
 
-async def test_at_the_end_mirrors_are_cancelled_and_nodes_closed(world: World) -> None:
+async def test_at_rest_mirrors_have_been_cancelled_and_nothing_begins(world: World) -> None:
     await world.mirror()
     job = world.jobs.get("resync")
-    await world.graph.end_jobs()
-    assert job.status == "null"
-    await world.graph.close()
-    assert sorted(world.done) == ["close nbd0", "close nbd1"]
+    world.disk.busy = asyncio.Event()
+    async with world.graph.at_rest():
+        assert job.status == "null"
+        adding = asyncio.create_task(world.graph.add_child("vm0", "nbd0"))
+        await asyncio.sleep(0)
+        assert world.children == []
+    world.disk.busy.set()
+    await adding
+    assert world.children == ["nbd0"]
+
+
+async def test_who_waits_for_a_child_does_not_keep_the_end_waiting(world: World) -> None:
+    world.disk.busy = asyncio.Event()
+    adding = asyncio.create_task(world.graph.add_child("vm0", "nbd0"))
+    await asyncio.sleep(0)
+    async with world.graph.at_rest():
+        await adding
+
+
+async def test_nodes_of_the_configuration_are_listed_with_those_that_were_added(
+    world: World,
+) -> None:
+    world.disk.standby = ("vm0-remote", "nbd://standby/colo0")
+    await world.graph.add_child("vm0", "nbd1")
+    sizes = {each["node-name"]: each["image"]["virtual-size"] for each in world.graph.describe()}
+    assert sizes == {"vm0-remote": 0, "nbd0": 0, "nbd1": 1 << 20}
+    assert world.graph.yankable() == ["vm0-remote", "nbd0", "nbd1"]
 
 
 @pytest.mark.interop
