@@ -1,4 +1,4 @@
-"""Targets that keep no order: what was sent first may come last, or after the end of its connection."""
+"""Targets that keep no order: what was sent first may come last, or after its connection ended."""
 
 from __future__ import annotations
 
