@@ -1,0 +1,203 @@
+"""A random walk of a pair: one seed, one life, with faults amid all that it does."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from changes import SPLIT_BRAIN, Old, Takeover
+from faults import FAULTS, NETWORK, amid_sync
+from guest_model import check_equal
+from pair import GRANULE, Pair
+from peers.disk import DiskFormat
+
+
+def make_pair(folder: Path, seed: int) -> Pair:
+    """What a seed's pair is like."""
+    rng = random.Random(seed)
+    sectors = rng.randint(16384, 40960)
+    if rng.random() < 0.5:
+        sectors -= sectors % 128
+    if rng.random() < 0.05:
+        sectors = 131072
+    format_: DiskFormat = rng.choice(["raw", "raw", "qcow2"])
+    return Pair(
+        folder,
+        seed,
+        disks=rng.choice([1, 1, 2]),
+        size=sectors * 512,
+        format_=format_,
+        sync=rng.random() < 0.3,
+    )
+
+
+class Walk:
+    """Of `steps` steps. `trace` in its pair says what it did."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.pair = make_pair(folder, seed)
+        self.rng = random.Random(seed ^ 0x5EED)
+
+    def run(self, steps: int) -> None:
+        """AssertionError where something is not as it must be."""
+        pair = self.pair
+        with pair:
+            try:
+                self._first_sync()
+                for _ in range(steps):
+                    step = self.rng.choice(self.steps())
+                    pair.note(step.__name__)
+                    step(self)
+                pair.stop_guests()
+            except BaseException as exc:
+                trace = "; ".join(pair.trace)
+                raise AssertionError(f"{type(exc).__name__}: {exc}\n[{trace}]") from exc
+            finally:
+                pair.check_logs()
+
+    def _first_sync(self) -> None:
+        pair = self.pair
+        if self.rng.random() < 0.7:
+            pair.start_guests()
+        pair.source.begin()
+        amid_sync(pair, *self._parts())
+        pair.start_guests()
+        pair.compare()
+
+    def _parts(self) -> list[float]:
+        """When there are faults in a synchronisation."""
+        return sorted(self.rng.random() for _ in range(self.rng.choice([0, 1, 1, 2])))
+
+    def steps(self) -> list[object]:
+        """What may come next, as often as it is likely."""
+        steps = [Walk.load, Walk.fault, Walk.fault, Walk.fault, Walk.resync, Walk.calm_resync]
+        if not self.pair.started:
+            return [*steps, Walk.begin, Walk.begin]
+        return [*steps, Walk.checkpoint, Walk.checkpoint, Walk.write_view, Walk.fail_over,
+                Walk.fail_over]  # fmt: skip
+
+    # Section: steps
+
+    def load(self) -> None:
+        """Writes, and nothing else."""
+        self.pair.run_for(self.rng.randint(10, 150))
+        self.pair.compare()
+
+    def begin(self) -> None:
+        """The target's first checkpoint."""
+        self.pair.begin()
+        self.pair.write_views()
+
+    def write_view(self) -> None:
+        """The standby's own writes."""
+        self.pair.write_views()
+        self.pair.check_views()
+
+    def checkpoint(self) -> None:
+        """While the guests stand still, or not."""
+        if self.rng.random() < 0.5:
+            self.pair.checkpoint()
+        else:
+            self.pair.run_for(5)
+            self.pair.checkpoint_under_load()
+        if self.rng.random() < 0.5:
+            self.pair.write_views()
+
+    def fault(self) -> None:
+        """One, or some in a row, under load; then, mostly, they are in step again."""
+        for _ in range(self.rng.choice([1, 1, 2, 3])):
+            self.pair.run_for(self.rng.randint(0, 40))
+            fault = self.rng.choice(FAULTS)
+            self.pair.note(f"  {fault.__name__}")
+            fault(self.pair)
+            self.pair.check_views()
+        self.pair.run_for(self.rng.randint(0, 20))
+        if self.rng.random() < 0.8:
+            self.pair.heal()
+            self.pair.compare()
+
+    def resync(self) -> None:
+        """A break, in which the guests go on; then a synchronisation with faults in its midst."""
+        pair = self.pair
+        pair.heal()
+        pair.start_guests()
+        pair.refuse(pair.target)
+        pair.run_for(self.rng.randint(5, 80))
+        if self.rng.random() < 0.3:
+            self.rng.choice([pair.kill_source, pair.kill_target, pair.restart_source])()
+        pair.start_guests()
+        pair.check_views()
+        pair.heal()
+        amid_sync(pair, *self._parts())
+        pair.check_views()
+        pair.start_guests()
+        pair.compare()
+
+    def calm_resync(self) -> None:
+        """A resync sends what differs, and nothing else."""
+        pair = self.pair
+        pair.heal()
+        pair.start_guests()
+        pair.compare()
+        pair.refuse(pair.target)
+        pair.run_for(self.rng.randint(1, 20))
+        with pair.quiet():
+            pair.wait_links(lambda link: link["state"] != "live", "the cut")
+            differing = [self._differing(number) for number in range(pair.count)]
+            before = [link["copied-bytes"] for link in pair.links()]
+            pair.heal()
+            pair.wait_in_step()
+            for number, link in enumerate(pair.links()):
+                copied = link["copied-bytes"] - before[number]
+                assert copied <= differing[number] * GRANULE, (copied, differing[number])
+        pair.compare()
+
+    def _differing(self, number: int) -> int:
+        mine = self.pair.contents[number].data
+        theirs = self.pair.target.read(self.pair.target.disks[number].name)
+        return sum(
+            mine[at : at + GRANULE] != theirs[at : at + GRANULE]
+            for at in range(0, len(mine), GRANULE)
+        )
+
+    def fail_over(self) -> None:
+        """The target takes over; the two meet again; one of them follows."""
+        pair, rng = self.pair, self.rng
+        pair.heal()
+        pair.start_guests()
+        pair.compare()
+        pair.run_for(rng.randint(0, 40))
+        if rng.random() < 0.5:
+            pair.write_views()
+        if rng.random() < 0.3:  # amid a resync, at times
+            rng.choice(NETWORK)(pair)
+        to = rng.choice(["standby", "standby", "checkpoint", "latest"])
+        old = rng.choice(list(Old))
+        if to == "latest" or old is Old.CUT_OFF:
+            pair.heal()
+            with pair.quiet():
+                pair.wait_in_step()
+        takeover = Takeover(pair, to, old)
+        takeover.run(kill_in_commit=rng.random() < 0.3)
+        pair.start_guests()
+        pair.run_for(rng.randint(0, 20))
+        if old is not Old.DEAD:
+            split = takeover.meet_old() == SPLIT_BRAIN
+            if split and rng.random() < 0.4:
+                takeover.drop_new()
+                pair.start_guests()
+                return pair.compare()
+        elif rng.random() < 0.4:
+            takeover.was.start()  # as it was: it finds out
+            split = takeover.meet_old() == SPLIT_BRAIN
+        else:
+            pair.heal()
+        takeover.follow(live=rng.random() < 0.6)
+        amid_sync(pair, *self._parts())
+        pair.start_guests()
+        return pair.compare()
+
+
+def check_unchanged(found: bytes, before: bytes, what: str) -> None:
+    """A name for tests."""
+    check_equal(found, before, what)
