@@ -25,6 +25,7 @@ from replnbd.errors import ConfigError, StateError
 from replnbd.replication import (
     CHECKPOINT_BITMAP,
     RESYNC_BITMAP,
+    RESYNC_CONTEXT,
     Group,
     PeerNode,
     StandbyDisk,
@@ -190,6 +191,7 @@ class StandbySide(Side):
             export = self.new_export(name, name, description, connections_max=most)
             assert export is not None
             self.services.server.add_export(export)
+        disk.peer.drop_sources = partial(self._drop_sources, disk)
         name = peer_export(disk.name)
         node = PeerNode(name, disk.peer)
         self.services.server.add_export(Export(name, node, listed=False, allow=config.allow))
@@ -199,6 +201,12 @@ class StandbySide(Side):
         # which wait for the drain: so it goes on beside, and `settle` waits for it.
         for name in self._exports_of(disk.primary):
             self._spawn(self.services.server.fence(name, disk.fence_reason))
+
+    async def _drop_sources(self, disk: StandbyDisk) -> None:
+        # Only who synchronises asks for that bitmap: readers stay.
+        for name in self._exports_of(disk.primary):
+            reason = "the source has a new session"
+            await self.services.server.dismiss(name, RESYNC_CONTEXT, reason)
 
     def _unfence(self, disk: StandbyDisk) -> None:
         for name in self._exports_of(disk.primary):

@@ -40,7 +40,7 @@ from replnbd.replication.journal import (
 )
 from replnbd.replication.link_mirror import LinkMirror, MirrorTerms
 from replnbd.replication.nodes import GateNode
-from replnbd.replication.peer import RESYNC_BITMAP, PeerNode, peer_export
+from replnbd.replication.peer import RESYNC_BITMAP, RESYNC_CONTEXT, PeerNode, peer_export
 from replnbd.replication.primary import PrimaryDisk
 from replnbd.replication.primary_group import PrimaryGroup
 from replnbd.replication.session import LinkState
@@ -49,6 +49,7 @@ from replnbd.replication.stage import Command, Stage
 __all__ = [
     "CHECKPOINT_BITMAP",
     "RESYNC_BITMAP",
+    "RESYNC_CONTEXT",
     "Command",
     "DiskRecord",
     "Durability",

@@ -310,6 +310,7 @@ class Link:
         async with self._stepping:
             if self.history.is_shared:
                 await self.history.step()
+                self._fell_behind()  # should there be a way by now: the target is to know
             self.forwarder.alone = False
 
     def _fell_behind(self) -> None:

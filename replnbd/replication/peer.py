@@ -3,6 +3,8 @@
 Of each disk that may be somebody's copy there is a second export, x-replnbd/NAME, that no list
 shows. Reading it gives what the target is (PeerState), writing to it says what the source does:
 
+    Enter   a session begins: nothing of an earlier one counts any more. Whatever a network still
+            holds of those, be it data for NAME or a message, comes too late
     Begin   from now on the source writes to NAME what makes it its copy. Until `End` the disk is
             not what the source was at any moment
     End     all has arrived: from now on it is
@@ -20,12 +22,15 @@ import msgspec
 
 from replnbd.block import BlockNode, Buffer, Extent
 from replnbd.errors import StateError
+from replnbd.nbd import QEMU_DIRTY_BITMAP
 from replnbd.replication.lineage import Claim, Lineage, Plan
 
 EXPORT_PREFIX = "x-replnbd/"
 NODE_BYTES = 64 << 10
 RESYNC_BITMAP = "resync"
 """Of NAME: what the target may have otherwise than the source (qemu:dirty-bitmap:resync)."""
+RESYNC_CONTEXT = QEMU_DIRTY_BITMAP + RESYNC_BITMAP
+"""Which every source selects, and hardly anybody else."""
 
 
 def peer_export(name: str) -> str:
@@ -49,22 +54,35 @@ class PeerState(msgspec.Struct, forbid_unknown_fields=False, rename="kebab", kw_
     claim: Claim
 
 
+class Enter(msgspec.Struct, tag="enter", tag_field="say", rename="kebab", kw_only=True):
+    """The source has a new session, of that name."""
+
+    session: str
+
+
 class Begin(msgspec.Struct, tag="begin", tag_field="say", rename="kebab", kw_only=True):
     """The source begins to make the target its copy."""
 
     claim: Claim
     """The source's; its pair is the target's from then on."""
     plan: Plan
+    session: str | None = None
+    """None: only to have it refused."""
 
 
 class End(msgspec.Struct, tag="end", tag_field="say", rename="kebab", kw_only=True):
     """The target is a copy of a source of that lineage."""
 
     lineage: Lineage
+    session: str | None = None
 
 
 class Target(Protocol):
     """A disk that a source may write to."""
+
+    async def enter(self) -> None:
+        """A source has a new session: when this returns, what it sent in earlier ones is on the
+        disk, or never will be."""
 
     def peer_state(self) -> PeerState:
         """What it is."""
@@ -85,6 +103,7 @@ class PeerNode(BlockNode):
     def __init__(self, name: str, target: Target) -> None:
         self.name = name
         self._target = target
+        self._session: str | None = None
 
     async def pread(self, offset: int, buffer: memoryview) -> None:
         state = encode(self._target.peer_state())
@@ -95,16 +114,25 @@ class PeerNode(BlockNode):
         if offset:
             raise OSError(errno.EINVAL, f"a message begins at offset 0, not {offset}")
         try:
-            message = msgspec.json.decode(bytes(data).rstrip(b"\0"), type=Begin | End)
+            message = msgspec.json.decode(bytes(data).rstrip(b"\0"), type=Enter | Begin | End)
         except msgspec.DecodeError as exc:
             raise OSError(errno.EINVAL, f"not a message of replnbd: {exc}") from exc
         try:
-            if isinstance(message, Begin):
-                await self._target.begin_sync(message.claim, message.plan)
-            else:
-                await self._target.end_sync(message.lineage)
+            await self._take(message)
         except StateError as exc:
             raise OSError(errno.EPERM, str(exc)) from exc
+
+    async def _take(self, message: Enter | Begin | End) -> None:
+        if isinstance(message, Enter):
+            self._session = message.session
+            await self._target.enter()
+            return
+        if message.session not in (None, self._session):
+            raise StateError("the source has another session by now")
+        if isinstance(message, Begin):
+            await self._target.begin_sync(message.claim, message.plan)
+        else:
+            await self._target.end_sync(message.lineage)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
@@ -124,7 +152,7 @@ class PeerNode(BlockNode):
         return
 
 
-def encode(message: PeerState | Begin | End) -> bytes:
+def encode(message: PeerState | Enter | Begin | End) -> bytes:
     """As it is read and written: padded to whole blocks, for servers that want those."""
     text = msgspec.json.encode(message)
     return text + bytes(-len(text) % 4096)

@@ -2,6 +2,8 @@
 
     connect         to the target's export, and to the one where two replnbd speak (peer.py)
     compare         whose data both have (lineage.py): what is to be copied, or why nothing may be
+    enter           the target ends what it still has of earlier sessions: what a network has held
+                    back of those must not come behind what is newer
     begin           the target is told, before anything reaches it that it is not to be shown
     copy            what is BEHIND (MirrorJob), while all other writes are sent
     end             the target is told that all has arrived: it is in step
@@ -26,11 +28,12 @@ from typing import TYPE_CHECKING
 from replnbd.block import NbdConnection, parse_nbd_uri
 from replnbd.errors import ProtocolError
 from replnbd.jobs import MirrorJob
-from replnbd.replication.lineage import OUTDATED, STRANGERS, Plan, plan
-from replnbd.replication.peer import Begin, End
+from replnbd.replication.lineage import OUTDATED, STRANGERS, Lineage, Plan, new_name, plan
+from replnbd.replication.peer import Begin, End, Enter
 from replnbd.replication.target import (
     Refused,
     ask,
+    check,
     connect,
     connect_peer,
     contexts_for,
@@ -70,8 +73,10 @@ class Session:
         self._history = link.history
         self._forwarder = link.forwarder
         self._peer: NbdConnection | None = None
-        self._in_step = False
-        """Whether the target says that it is."""
+        self._name = new_name()
+        """By which the target knows what is of this session."""
+        self._agreed: Lineage | None = None
+        """The target's lineage, as long as it is in step."""
         self._wake = asyncio.Event()
         """Something has fallen behind, or the way is lost."""
         self._lost: OSError | None = None
@@ -83,8 +88,10 @@ class Session:
         async with AsyncExitStack() as stack:
             self._peer = await connect_peer(target, stack)
             decided = await self._compare()
+            if self._peer is not None:
+                await say(self._peer, Enter(session=self._name))
             data = await connect(target, contexts_for(self._peer), stack)
-            self._check(data)
+            check(data, self._history.record.size)
             await self._mark(decided, data)
             if self._must_sync:
                 await self._begin(decided)
@@ -105,7 +112,6 @@ class Session:
         """What has to be done; Refused if it must not."""
         record = self._history.record
         if self._peer is None:
-            self._in_step = True  # it does not tell
             known = record.pair is not None and record.foreign == self._to
             known = known and not self._link.from_scratch
             return Plan.INCREMENTAL if known else Plan.FULL
@@ -119,14 +125,8 @@ class Session:
             with suppress(OSError):  # it is to know, too
                 await say(self._peer, Begin(claim=self._history.claim, plan=Plan.INCREMENTAL))
             raise Refused(decided)
-        self._in_step = state.claim.lineage == record.lineage and not state.syncing
+        self._agreed = None if state.syncing else state.claim.lineage
         return decided
-
-    def _check(self, data: NbdConnection) -> None:
-        if data.size != self._history.record.size:
-            raise Refused(f"it has {data.size} bytes, and this disk {self._history.record.size}")
-        if data.read_only:
-            raise Refused("it can only be read")
 
     async def _mark(self, decided: Plan, data: NbdConnection) -> None:
         """What the target has otherwise is to be copied."""
@@ -139,7 +139,8 @@ class Session:
 
     @property
     def _must_sync(self) -> bool:
-        return bool(self._history.map.behind) or not self._in_step
+        agreed = self._peer is None or self._agreed == self._history.record.lineage
+        return bool(self._history.map.behind) or not agreed
 
     # Section: while it lasts
 
@@ -160,10 +161,11 @@ class Session:
 
     async def _begin(self, decided: Plan) -> None:
         self._link.set_state(LinkState.SYNCING)
-        self._in_step = False
+        self._agreed = None
         if self._peer is not None:
+            claim = self._history.claim
             try:
-                await say(self._peer, Begin(claim=self._history.claim, plan=decided))
+                await say(self._peer, Begin(claim=claim, plan=decided, session=self._name))
             except OSError as exc:
                 if exc.errno == errno.EPERM:
                     raise Refused(exc.strerror) from exc
@@ -187,8 +189,8 @@ class Session:
         # First here: who dies in between must not go on alone under the generation of the target.
         lineage = await self._history.in_step()
         if self._peer is not None:
-            await say(self._peer, End(lineage=lineage))
-        self._in_step = True
+            await say(self._peer, End(lineage=lineage, session=self._name))
+            self._agreed = lineage
         return True
 
     async def _tend(self) -> None:

@@ -61,6 +61,8 @@ class StandbyPeer:
         self.refused: str | None = None
         """Why a source was refused last, until one is not."""
         self.turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+        self.drop_sources: Callable[[], Awaitable[None]] = _nobody
+        """Ends the connections of sources to the disk; nothing of theirs is under way then."""
         self._disk = disk
         self._name = disk.name
         self._ranges = ranges
@@ -105,6 +107,10 @@ class StandbyPeer:
             syncing=self.syncing,
             claim=self.claim,
         )
+
+    async def enter(self) -> None:
+        """See `peer.Target`."""
+        await self.drop_sources()
 
     async def begin_sync(self, claim: Claim, begin: Plan) -> None:
         """See `peer.Target`."""
@@ -253,6 +259,10 @@ class StandbyPeer:
                     f"cannot make the history of '{self._name}': {exc.strerror}"
                 ) from exc
         return self.history
+
+
+async def _nobody() -> None:
+    return
 
 
 async def _mark_allocated(history: History, overlays: tuple[OverlayNode, ...]) -> None:

@@ -12,20 +12,19 @@ from replnbd.block.digest import digest_of_zeroes
 from replnbd.block.nbd_connect import connect_nbd
 from replnbd.block.nbd_connection import NbdConnection
 from replnbd.block.nbd_uri import NbdTarget
-from replnbd.nbd import BASE_ALLOCATION, DIRTY, QEMU_DIRTY_BITMAP, X_REPLNBD_DIGEST
+from replnbd.nbd import BASE_ALLOCATION, DIRTY, X_REPLNBD_DIGEST
 from replnbd.nbd.constants import AllocationState
 from replnbd.replication.peer import (
     EXPORT_PREFIX,
     NODE_BYTES,
-    RESYNC_BITMAP,
+    RESYNC_CONTEXT,
     Begin,
     End,
+    Enter,
     PeerState,
     decode_state,
     encode,
 )
-
-RESYNC = QEMU_DIRTY_BITMAP + RESYNC_BITMAP
 
 CONNECT_TIMEOUT_S = 10.0
 """For a connection and its handshake."""
@@ -56,6 +55,14 @@ async def connect(
     return connection
 
 
+def check(connection: NbdConnection, size: int) -> None:
+    """Refused if it is no place for a disk of `size` bytes."""
+    if connection.size != size:
+        raise Refused(f"it has {connection.size} bytes, and this disk {size}")
+    if connection.read_only:
+        raise Refused("it can only be read")
+
+
 async def connect_peer(target: NbdTarget, stack: AsyncExitStack) -> NbdConnection | None:
     """To the export for what two replnbd say to each other; None: the target is none of ours."""
     try:
@@ -81,7 +88,7 @@ async def _speaks(peer: NbdConnection) -> bool:
 
 def contexts_for(peer: NbdConnection | None) -> tuple[str, ...]:
     """What is asked about the data of a target."""
-    return (BASE_ALLOCATION,) if peer is None else (X_REPLNBD_DIGEST, RESYNC)
+    return (BASE_ALLOCATION,) if peer is None else (X_REPLNBD_DIGEST, RESYNC_CONTEXT)
 
 
 def can_tell(connection: NbdConnection) -> bool:
@@ -97,7 +104,7 @@ async def ask(peer: NbdConnection) -> PeerState:
     return decode_state(buffer)
 
 
-async def say(peer: NbdConnection, message: Begin | End) -> None:
+async def say(peer: NbdConnection, message: Enter | Begin | End) -> None:
     """Returns when the target has taken note. OSError with EPERM and a reason if it refuses."""
     await peer.pwrite(0, encode(message))
 
@@ -120,7 +127,7 @@ async def marks(connection: NbdConnection) -> AsyncIterator[tuple[int, int]]:
     offset, size = 0, connection.size
     while offset < size:
         length = min(size - offset, STATUS_BYTES)
-        for count, flags in (await connection.block_status(offset, length))[RESYNC]:
+        for count, flags in (await connection.block_status(offset, length))[RESYNC_CONTEXT]:
             if flags & DIRTY:
                 yield offset, count
             offset += count

@@ -63,6 +63,8 @@ class Connection(asyncio.BufferedProtocol):
     ) -> None:
         self.export = export
         self.peer = peer
+        self.contexts = frozenset(outcome.contexts)
+        """Metadata contexts that the client has selected."""
         self.state = State.SERVING
         self.closed = asyncio.Event()
         self._bus = bus

@@ -123,6 +123,11 @@ class NbdServer:
         export.refusal = reason
         return self._disconnect(export, reason)
 
+    def dismiss(self, name: str, context: str, reason: str) -> Coroutine[Any, Any, None]:
+        """As `fence`, of those clients that have selected a metadata context, and no new ones."""
+        export = self._find(name)
+        return _dismiss([each for each in self._of(export) if context in each.contexts], reason)
+
     def unfence(self, name: str) -> None:
         """Let clients use the export again."""
         self._find(name).refusal = None
@@ -134,10 +139,10 @@ class NbdServer:
             raise StateError(f"Export '{name}' is not found") from None
 
     def _disconnect(self, export: Export, reason: str) -> Coroutine[Any, Any, None]:
-        leaving = [each for each in self._connections if each.export is export]
-        for connection in leaving:
-            connection.refuse(reason)
-        return _all_idle(leaving)
+        return _dismiss(self._of(export), reason)
+
+    def _of(self, export: Export) -> list[Connection]:
+        return [each for each in self._connections if each.export is export]
 
     # Section: ExportDirectory, for the handshake
 
@@ -303,6 +308,12 @@ class _Refusal(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
+
+
+def _dismiss(leaving: list[Connection], reason: str) -> Coroutine[Any, Any, None]:
+    for connection in leaving:
+        connection.refuse(reason)
+    return _all_idle(leaving)
 
 
 async def _all_idle(connections: Iterable[Connection]) -> None:

@@ -138,14 +138,15 @@ class Takeover:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             links = [was.link(number) for number in range(pair.count)]
-            if all(link["state"] == "refused" for link in links):
+            told = [pair.source.status(number)["refused"] for number in range(pair.count)]
+            reasons = [link["reason"] for link in links]
+            if all(link["state"] == "refused" for link in links) and told == reasons:
                 break
-            assert time.monotonic() < deadline, f"the old source was not refused: {links}"
+            assert time.monotonic() < deadline, f"not refused: {links}; told: {told}"
             time.sleep(0.01)
         reason = ""
-        for number, link in enumerate(links):
+        for link in links:
             assert any(each in str(link["reason"]) for each in self.reasons), (link, self.reasons)
-            assert pair.source.status(number)["refused"] == link["reason"]
             if SPLIT_BRAIN in str(link["reason"]):
                 reason = SPLIT_BRAIN
         self.check_old()

@@ -1,5 +1,5 @@
-"""Two hosts with the same disks: one has the truth and its users, the other one follows it, and they
-may change sides. What must be on each, byte for byte, is known here all the time."""
+"""Two hosts with the same disks: one has the truth and its users, the other one follows it, and
+they may change sides. What must be on each, byte for byte, is known here all the time."""
 
 from __future__ import annotations
 
