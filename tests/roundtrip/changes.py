@@ -125,7 +125,7 @@ class Takeover:
             found = pair.source.read(disk.top)
             if taken is not None:
                 check_equal(found, taken[number], f"{disk.top} after the failover")
-            pair.contents.append(Content(found))
+            pair.contents.append(Content(bytes(found)))
         pair.views, pair.checkpoints = [], []
 
     # Section: meeting again

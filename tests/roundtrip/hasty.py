@@ -11,7 +11,7 @@ import os
 import sys
 
 from replnbd.cli import main
-from replnbd.replication import forwarder, link, target
+from replnbd.replication import forwarder, link, session, target
 
 HASTE = {
     "BACK_OFF_S": (0.02, 0.2),
@@ -24,8 +24,8 @@ HASTE = {
 
 if __name__ == "__main__":
     for name, value in HASTE.items():
-        assert name in vars(link)
-        vars(link)[name] = value
+        (module,) = [each for each in (link, session) if name in vars(each)]
+        vars(module)[name] = value
     target.CONNECT_TIMEOUT_S = target.RESPONSE_TIMEOUT_S = 2.0
     forwarder.QUEUE_BYTES_MAX = int(os.environ.get("REPLNBD_QUEUE", forwarder.QUEUE_BYTES_MAX))
     sys.argv = ["replnbd", *sys.argv[1:]]

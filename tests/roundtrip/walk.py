@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from changes import SPLIT_BRAIN, Old, Takeover
@@ -68,7 +69,7 @@ class Walk:
         """When there are faults in a synchronisation."""
         return sorted(self.rng.random() for _ in range(self.rng.choice([0, 1, 1, 2])))
 
-    def steps(self) -> list[object]:
+    def steps(self) -> list[Callable[[Walk], None]]:
         """What may come next, as often as it is likely."""
         steps = [Walk.load, Walk.fault, Walk.fault, Walk.fault, Walk.resync, Walk.calm_resync]
         if not self.pair.started:
