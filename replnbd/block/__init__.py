@@ -2,7 +2,9 @@
 
 Words. A *node* is an array of `size` bytes that can be read and written at any offset. A *filter*
 is a node over one other node and changes some of its operations. An *overlay* is a node whose
-unallocated ranges show its *backing* node. An *extent* is a run of bytes in one state.
+unallocated ranges show its *backing* node. An *extent* is a run of bytes in one state. A *session*
+is what an NBD client has with a server, from GO to its end: `NbdConnection` is one, and `NbdNode` a
+node over one after the other.
 
 Laws.
 1. Every operation is a coroutine, and starts eagerly: whoever calls it may drive it with

@@ -27,9 +27,8 @@ from dataclasses import dataclass
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from replnbd.errors import ConfigError
-from replnbd.nbd.constants import NAME_BYTES_MAX
+from replnbd.nbd.constants import DEFAULT_PORT, NAME_BYTES_MAX
 
-DEFAULT_PORT = 10809
 _SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 _UNIX_PATH_BYTES_MAX = 107  # sun_path, less the final zero byte
 _BOOLEANS = {"0": False, "1": True, "false": False, "true": True}

@@ -23,8 +23,8 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from replnbd.errors import ConfigError
 from replnbd.nbd import TlsMode
+from replnbd.nbd.constants import DEFAULT_PORT
 
-DEFAULT_PORT = 10809
 BACKLOG = 512
 _UNIX_PATH_BYTES_MAX = 107  # sun_path, less the final zero byte
 
