@@ -52,7 +52,7 @@ async def connect_nbd(
     handshake = ClientHandshake(target.export, contexts=contexts, tls=target.tls)
     try:
         async with asyncio.timeout(timeout_s):
-            transport = await _negotiate(target, handshake)
+            transport = await _negotiate(target, handshake, timeout_s)
     except TimeoutError as exc:
         if exc.errno is not None:  # the kernel's own
             raise OSError(exc.errno, f"cannot connect to {target}: {exc.strerror}") from exc
@@ -69,11 +69,13 @@ async def connect_nbd(
     return connection
 
 
-async def _negotiate(target: NbdTarget, handshake: ClientHandshake) -> asyncio.Transport:
+async def _negotiate(
+    target: NbdTarget, handshake: ClientHandshake, timeout_s: float
+) -> asyncio.Transport:  # fmt: skip
     """The transport of a handshake that has an outcome."""
     loop = asyncio.get_running_loop()
     context = client_context(target) if target.tls else None
-    sock = await _connected_socket(loop, target)
+    sock = await _connected_socket(loop, target, timeout_s)
     try:
         if context is not None:
             await _ask_for_tls(loop, sock, handshake)
@@ -117,7 +119,9 @@ def _transport_maker(
     return make
 
 
-async def _connected_socket(loop: asyncio.AbstractEventLoop, target: NbdTarget) -> socket.socket:
+async def _connected_socket(
+    loop: asyncio.AbstractEventLoop, target: NbdTarget, timeout_s: float
+) -> socket.socket:  # fmt: skip
     if target.path is not None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
@@ -128,8 +132,10 @@ async def _connected_socket(loop: asyncio.AbstractEventLoop, target: NbdTarget) 
         try:
             sock = socket.socket(family, kind, protocol)
             _tune(sock)
-            return await _connect(loop, sock, address)
-        except OSError as exc:  # the host's next address may do
+            # One that does not answer must not keep us from the others.
+            async with asyncio.timeout(timeout_s / len(found)):
+                return await _connect(loop, sock, address)
+        except OSError as exc:  # TimeoutError, too
             failure = exc
     raise failure or OSError(errno.EADDRNOTAVAIL, "the host has no address")
 

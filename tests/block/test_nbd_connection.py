@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nbd_support import fresh_seed, nbdkit, on_both_loops, qemu_img, qemu_nbd, served, session, uri
 
-from replnbd.block import FileNode, NbdConnection, connect_nbd, parse_nbd_uri
+from replnbd.block import FileNode, MemoryNode, NbdConnection, connect_nbd, parse_nbd_uri
+from replnbd.block.nbd_connect import _connected_socket
+from replnbd.events import EventBus
+from replnbd.server import Export, NbdServer
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -154,6 +159,51 @@ async def test_requests_go_out_in_the_order_of_submit(short_dir: Path) -> None:
             got = bytearray(100_000)
             await connection.pread(0, memoryview(got))
             assert got == b"\xc7" * 512 + b"\x9d" * (100_000 - 512)
+
+
+@on_both_loops
+async def test_tcp_is_tuned(short_dir: Path) -> None:
+    server = NbdServer(EventBus())
+    server.add_export(Export("disk", MemoryNode(SIZE)))
+    await server.listen("nbd://127.0.0.1:0")
+    try:
+        async with session(f"{server.uris[0]}/disk") as connection:
+            await exercise(connection, bytearray(SIZE), random.Random(fresh_seed()))
+            sock = connection._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    finally:
+        await server.close()
+
+
+class Resolver:
+    """The running loop, but for a host with these addresses."""
+
+    def __init__(self, *addresses: tuple[str, int]) -> None:
+        self._addresses = addresses
+
+    async def getaddrinfo(self, *_: object, **__: object) -> list[tuple[object, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", each) for each in self._addresses]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio.get_running_loop(), name)
+
+
+@on_both_loops
+async def test_an_address_that_does_not_answer_is_passed_over() -> None:
+    target = parse_nbd_uri("nbd://two.addresses.example/")
+    with socket.socket() as full, socket.create_server(("127.0.0.1", 0)) as good:
+        full.bind(("127.0.0.2", 0))
+        full.listen(0)
+        crowd = [socket.socket() for _ in range(3)]
+        for each in crowd:  # the last ones are not answered any more
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+        resolver: Any = Resolver(full.getsockname(), good.getsockname())
+        with await _connected_socket(resolver, target, 0.4) as sock:
+            assert sock.getpeername() == good.getsockname()
+        for each in crowd:
+            each.close()
 
 
 # Section: errors
