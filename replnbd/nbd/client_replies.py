@@ -108,7 +108,7 @@ class ClientReplies:
             return
         end = self._end + count
         at = self._parse_extended(end) if self._extended else self._parse_compact(end)
-        if at < end:
+        if 0 < at < end:
             self._view[: end - at] = self._view[at:end]
         self._end = end - at
 
