@@ -22,6 +22,7 @@ import bench_bars
 import bench_cells
 import bench_durability
 import bench_events
+import bench_primary
 import bench_replies
 import bench_report
 import bench_scale
@@ -90,6 +91,16 @@ EVENTS = {
         "MiB/s of a plain export over TCP, in clear text and encrypted",
         bench_tls.tls,
         lambda _: (),
+    ),
+    "primary": Event(
+        "random writes of a disk with a standby, next to a plain export",
+        bench_primary.primary,
+        bench_bars.of_primary,
+    ),
+    "sync": Event(
+        "a standby brought up to date, next to nbdcopy; and one that hangs",
+        bench_primary.sync,
+        bench_bars.of_sync,
     ),
     "scale": Event(
         f"replnbd's cost of a request, {bench_cells.SMALL} on each connection",

@@ -19,6 +19,9 @@ MEMORY_CLUSTERS, MEMORY_MIB = 1_000_000, 150
 GROWTH = 1.1
 FLOOR_SHARE = 0.8  # of the floor: where the page cache bounds the ratio, this is enough
 REPLIES_SHARE = 0.9
+STANDBY_COST = 1.5
+SYNC_SHARE = 0.8
+RESYNC_MOVED = 1.1
 CPU_SHARE = 1 / 3  # of QEMU's
 
 
@@ -199,6 +202,21 @@ def of_replies(rows: Rows) -> Iterator[Verdict]:
             f"{row['what']}: structured/simple", f"{REPLIES_SHARE} x", f"{ratio:.3g}",
             ratio >= REPLIES_SHARE,
         )  # fmt: skip
+
+
+def of_primary(rows: Rows) -> Iterator[Verdict]:
+    """What a standby costs."""
+    for row in rows:
+        yield at_most(f"{row['writes']} writes with a standby", row["cost"], STANDBY_COST, "x")
+
+
+def of_sync(rows: Rows) -> Iterator[Verdict]:
+    """A standby brought up to date."""
+    figures = {row["what"]: row["figure"] for row in rows}
+    share = figures["full sync / nbdcopy"]
+    yield Verdict("full sync / nbdcopy", f"{SYNC_SHARE} x", f"{share:.3g}", share >= SYNC_SHARE)
+    moved = figures["resync: bytes moved / differing"]
+    yield at_most("resync: bytes moved / differing", moved, RESYNC_MOVED, "x")
 
 
 def of_scale(rows: Rows) -> Iterator[Verdict]:

@@ -59,6 +59,8 @@ class DirtyMap:
         self.states = mmap.mmap(-1, self.count, flags=flags)
         self.behind = 0
         """Granules that are BEHIND."""
+        self.writes = 0
+        """How many have been announced (`mark`)."""
         self.proofs = 0
         """How often something has become CLEAN."""
         self._file = file
@@ -104,6 +106,7 @@ class DirtyMap:
         """`mark`, if it need not wait: True: done."""
         if self._waiting:
             return False
+        self.writes += 1
         first = offset >> GRANULE_BITS
         last = (offset + length - 1) >> GRANULE_BITS
         states = self.states

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Callable
 
 from replnbd.block.node import Buffer
@@ -88,6 +89,9 @@ class NbdSession(asyncio.BufferedProtocol):
     def start(self, transport: asyncio.Transport, early: bytes) -> None:
         """Take over a transport whose handshake is done; `early` are bytes received after it."""
         self._transport = transport
+        # What TLS has to encrypt goes through the transport.
+        secure = transport.get_extra_info("sslcontext") is not None
+        self._fd = -1 if secure else transport.get_extra_info("socket").fileno()
         transport.set_protocol(self)
         self._watch = self._loop.call_later(self._tick_s, self._tick)
         for at in range(0, len(early), BATCH_BYTES_MAX // 2):
@@ -277,11 +281,28 @@ class NbdSession(asyncio.BufferedProtocol):
         self._replies.forget(cookie)
 
     def _write_alone(self, payload: Buffer) -> None:
+        transport = self._transport
+        if self._fd >= 0 and not transport.get_write_buffer_size() and not transport.is_closing():
+            payload = self._write_at_once(payload)
         self._write_batch()
+        if not payload:
+            return
         # The transport keeps what it cannot send at once, and the caller may change his buffer.
         kept = isinstance(payload, bytes) or (isinstance(payload, memoryview) and payload.readonly)
         self._transport.write(payload if kept else bytes(payload))
         self._bytes_written += len(payload)
+
+    def _write_at_once(self, payload: Buffer) -> Buffer:
+        """The batch and a payload to the socket, in one call and without a copy; what did not fit
+        is left, in the batch and in the answer."""
+        batch = self._batch
+        try:
+            sent = os.writev(self._fd, (batch, payload))
+        except OSError:  # nothing fits, or the transport is about to learn of the session's end
+            return payload
+        self._bytes_written += sent
+        self._batch = batch[sent:]
+        return memoryview(payload)[max(0, sent - len(batch)) :]
 
     def _write_batch(self) -> None:
         batch = self._batch

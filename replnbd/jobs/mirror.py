@@ -16,6 +16,7 @@ digests of step 1 are true in step 2.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
@@ -35,6 +36,10 @@ WINDOW = 16 << 20
 
 RUN = 1 << 30
 """Bytes that are asked about at a time; what is no hole is answered in pieces."""
+
+
+COURTESY = 4
+"""While the disk is written, a chunk is followed by a pause of so many times what it took."""
 
 
 class MirrorTarget(Protocol):
@@ -72,7 +77,10 @@ class MirrorJob(Job):
         ranges: RangeLock,
         dirty: DirtyMap,
         target: MirrorTarget,
+        *,
+        compare: bool = True,
     ) -> None:
+        """`compare`: it is likely that much of what is BEHIND is equal all the same."""
         super().__init__(job_id, bus)
         self.bytes_copied = 0
         """Sent; without zeroes, and without what was equal."""
@@ -80,12 +88,16 @@ class MirrorJob(Job):
         self._ranges = ranges
         self._dirty = dirty
         self._target = target
+        self._compare = compare
+        self._marks = dirty.writes
         self._copying: set[asyncio.Task[None]] = set()
         self._failure: Exception | None = None
         self._buffers: list[bytearray] = []
         """Of chunks that have ended: a new one would have to be cleared first."""
         self._taken = 0
         """Bytes in chunks that have begun and not ended."""
+        self._chunk_s = 0.0
+        """What the last chunk took of the loop, at most."""
 
     @property
     def bytes_left(self) -> int:
@@ -124,7 +136,7 @@ class MirrorJob(Job):
     async def _look_at(self, offset: int, length: int) -> int:
         """Begin to copy the first part of a run that is BEHIND; returns its end."""
         await self._target.wait_answered(offset, length)  # not under a lock: it may take long
-        theirs = await self._target.digests(offset, length)
+        theirs = await self._target.digests(offset, length) if self._compare else None
         if theirs is None:
             theirs = [(min(CHUNK, length), None)]
         values: list[int | None] = []
@@ -166,6 +178,10 @@ class MirrorJob(Job):
     async def _begin(self, offset: int, length: int, theirs: Sequence[int | None]) -> None:
         """Copy a chunk beside the others. `theirs`: the digests of its granules."""
         await self.pause_point(length)
+        if self._dirty.writes != self._marks:
+            # Somebody writes: he goes first, or it would be he who waits for the copy.
+            self._marks = self._dirty.writes
+            await asyncio.sleep(COURTESY * self._chunk_s)
         while len(self._copying) >= CHUNKS_MAX:
             await asyncio.wait(self._copying, return_when=asyncio.FIRST_COMPLETED)
         if self._failure is not None:
@@ -178,7 +194,9 @@ class MirrorJob(Job):
     async def _copy(self, offset: int, length: int, theirs: Sequence[int | None]) -> None:
         buffer = self._buffers.pop() if self._buffers else bytearray(CHUNK)
         try:
+            begin_s = time.perf_counter()
             answers = await self._send(buffer, offset, length, theirs)
+            self._chunk_s = time.perf_counter() - begin_s
             self._taken -= length
             await asyncio.gather(*answers)
             self.progress_current += length

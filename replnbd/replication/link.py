@@ -271,13 +271,14 @@ class Link:
         if self.mirror is not None:
             self.mirror.way_failed(failure, final=True)
 
-    def new_job(self, target: MirrorTarget) -> MirrorJob:
-        """To copy what is BEHIND, and started."""
+    def new_job(self, target: MirrorTarget, *, compare: bool) -> MirrorJob:
+        """To copy what is BEHIND, and started. `compare`: see MirrorJob."""
         mirror = self.mirror
         bus = self.bus if mirror is None else EventBus()  # nobody hears of it: see the mirror
         job = MirrorJob(
-            f"mirror-{self.name}", bus, self.source, self.ranges, self.history.map, target
-        )
+            f"mirror-{self.name}", bus, self.source, self.ranges, self.history.map, target,
+            compare=compare,
+        )  # fmt: skip
         if mirror is None:
             self.jobs.add(job)
         job.start()

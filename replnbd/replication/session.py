@@ -79,6 +79,8 @@ class Session:
         """The target's lineage, as long as it is in step."""
         self._wake = asyncio.Event()
         """Something has fallen behind, or the way is lost."""
+        self._has_synced = False
+        """Once: what has fallen behind since is what was just written."""
         self._lost: OSError | None = None
 
     async def run(self) -> None:
@@ -174,7 +176,7 @@ class Session:
     async def _sync(self) -> bool:
         """Whether all has been copied; False: the target could not store all of it."""
         link = self._link
-        self.job = job = link.new_job(self)
+        self.job = job = link.new_job(self, compare=not self._has_synced)
         await job.wait()
         self.job = None
         link.job_ended(job)
@@ -188,6 +190,7 @@ class Session:
         await self._forwarder.prove()
         # First here: who dies in between must not go on alone under the generation of the target.
         lineage = await self._history.in_step()
+        self._has_synced = True
         if self._peer is not None:
             await say(self._peer, End(lineage=lineage, session=self._name))
             self._agreed = lineage
