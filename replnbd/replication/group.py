@@ -152,9 +152,11 @@ class Group:
 
     @_whole
     async def checkpoint(self) -> None:
-        """The view becomes the secondary disk as it is now; the standby's writes are dropped."""
+        """The view becomes the secondary disk as it is now; the standby's writes are dropped. Of a
+        disk that has taken over: until its new standby has what was written, as a primary's."""
         async with self.keeper.turn():
             disks = self._moving(Command.CHECKPOINT)
+            await asyncio.gather(*(disk.peer.wait_in_step() for disk in self.disks))
             for disk in disks:
                 disk.peer.check_in_step("a checkpoint")
             await flush_checkpoint(disks)  # most of it, before anybody has to wait

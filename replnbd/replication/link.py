@@ -173,16 +173,29 @@ class Link:
     async def wait_in_step(self) -> None:
         """Until everything that was written before this call has arrived. OSError if there is no
         way."""
-        while self.state is LinkState.SYNCING:
-            await self.wait_changed()
-        if self.state is not LinkState.LIVE:
-            raise OSError(errno.ENOTCONN, self.reason or "there is no way to the standby")
-        await self.forwarder.prove()
+        while True:
+            if self.state is LinkState.SYNCING:
+                await self.wait_changed()
+            elif self.state is not LinkState.LIVE:
+                raise OSError(errno.ENOTCONN, self.reason or "there is no way to the standby")
+            else:
+                await self.forwarder.prove()
+                if not self.history.map.behind:
+                    return
+                await asyncio.sleep(0.01)  # the session is about to take note of what fell behind
 
     async def wait_changed(self) -> None:
         """Until its state changes, or the reason of it."""
         self._changed.clear()
         await self._changed.wait()
+
+    async def wait_if_live(self) -> None:
+        """The same, where there is a way: that there is none is no error of a checkpoint's."""
+        if self.state is LinkState.LIVE:
+            try:
+                await self.wait_in_step()
+            except OSError as exc:
+                log.warning("disk %s: the standby is left behind: %s", self.name, exc.strerror)
 
     def check_verify(self) -> None:
         """StateError if `verify` cannot be: there is no way, or the target tells no digests."""

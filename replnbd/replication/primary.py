@@ -150,13 +150,8 @@ class PrimaryDisk:
     async def wait_in_step(self) -> None:
         """Until all that was written has arrived, if there is a way; a standby that cannot be
         reached is no error of the primary's."""
-        if (self.stage is Stage.RUNNING or self.lent) and self.link.state is LinkState.LIVE:
-            try:
-                await self.link.wait_in_step()
-            except OSError as exc:
-                log.warning(
-                    "disk %s: a checkpoint without the standby: %s", self.name, exc.strerror
-                )
+        if self.stage is Stage.RUNNING or self.lent:
+            await self.link.wait_if_live()
 
     async def close(self) -> None:
         """Make everything durable and close all, the export is gone. OSError, naming the disk."""

@@ -226,6 +226,11 @@ class StandbyPeer:
         if link is not None and history is not None and history.record.to is not None:
             link.start(history.record.to)
 
+    async def wait_in_step(self) -> None:
+        """Until all that was written has arrived at the new standby, if there is a way to one."""
+        if self.link is not None:
+            await self.link.wait_if_live()
+
     async def stop_sending(self) -> None:
         """Nothing is sent any more; where, is not forgotten."""
         if self.link is not None:
