@@ -180,6 +180,7 @@ class Walk:
         longest = GRANULE * self.rng.choice([1, 2, 1000])
         found = self.map.next_behind(start, longest)
         assert found == naive_next(states, self.size, start, longest)
+        assert self.map.next_behind(self.size, longest) is None
 
     async def run(self, steps: int) -> None:
         actions: list[Callable[[], None]] = [
