@@ -50,7 +50,8 @@ class MirrorTarget(Protocol):
         OSError."""
 
     async def wait_answered(self, offset: int, length: int) -> None:
-        """Until nothing is in flight in a range that is BEHIND, if order would be lost else."""
+        """Until what is in flight in a range that is BEHIND is there, so that `digests` are of it,
+        if they are not anyway. OSError."""
 
     def copy(self, offset: int, data: memoryview) -> Awaitable[object]:
         """Send it, in order with all that is written; `data` does not change until it is answered.

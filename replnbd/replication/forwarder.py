@@ -98,10 +98,11 @@ class Forwarder:
         self._in_step = self._gap = False
 
     def disconnect(self) -> bool:
-        """There is no way any more; whether something was on it that clients believe to be safe."""
+        """There is no way any more; whether the copy lacks what clients believe to be safe."""
         if self.connection is None:
             return False
-        lossy = self._lossy or any(epoch.in_flight for epoch in (*self._ended, self._epoch))
+        lossy = self._lossy or self.dirty.behind > 0
+        lossy = lossy or any(epoch.in_flight for epoch in (*self._ended, self._epoch))
         self.connection = None
         self.dirty.all_fall_behind()
         return lossy
@@ -195,9 +196,12 @@ class Forwarder:
     # Section: copying (jobs.MirrorTarget)
 
     async def wait_answered(self, offset: int, length: int) -> None:
-        """Until nothing is in flight in a range that is BEHIND, if the copy needs that."""
+        """Until what is in flight in a range that is BEHIND is there, to stay. A replnbd keeps the
+        order, and tells if it may have lost what was not flushed."""
         if not self.ours:
             await self._in_flight.wait_without(offset, length)
+            if self.connection is not None:
+                await self.connection.flush()
 
     def copy(self, offset: int, data: memoryview) -> Awaitable[object]:
         """Send what is here, which is not BEHIND any more; OSError from the awaitable: it is again.

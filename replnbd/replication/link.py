@@ -146,12 +146,17 @@ class Link:
         task, self._task = self._task, None
         if task is None:
             return
-        if self.state is LinkState.LIVE:
-            with suppress(OSError, TimeoutError):
-                async with asyncio.timeout(FAREWELL_S):
-                    await self.forwarder.prove()
-        task.cancel()
+        try:
+            if self.state is LinkState.LIVE:
+                with suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(FAREWELL_S):
+                        await self.forwarder.prove()
+        finally:
+            task.cancel()
         await asyncio.wait([task])
+        if self._verifying is not None and self._verifying.status is not JobStatus.NULL:
+            self._verifying.give_up()
+            await self._verifying.wait()
         self.set_state(LinkState.OFF)
         self.mirror, self.from_scratch = None, False
         self.node_name = self.own_node_name

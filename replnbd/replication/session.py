@@ -155,6 +155,7 @@ class Session:
                 await asyncio.sleep(FAILED_COPY_S)
                 continue
             if not self._history.map.behind:
+                self._forwarder.keep_in_step()
                 self._link.set_state(LinkState.LIVE)
                 await self._wake.wait()
             self._check_way()
@@ -237,6 +238,9 @@ class Session:
         lossy = self._forwarder.disconnect()
         job, self.job = self.job, None
         if job is not None:
+            if connection is not None:
+                # What is on its way is BEHIND already: nobody has to wait until it is answered.
+                connection.abort(OSError(errno.ESHUTDOWN, "the synchronisation ends here"))
             job.give_up()
             await job.wait()
             self._link.job_ended(job)
