@@ -4,7 +4,6 @@ be waited for without end.)"""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -12,90 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from control_fakes import FakeBackend, RawClient
+from control_fakes import RawClient
 from peers import Process
 
-from replnbd.control import ControlServer, MirrorOptions
-from replnbd.daemon.graph import AddedNode, Graph, GraphControl
-from replnbd.daemon.job_control import JobControl
-from replnbd.events import EventBus
-from replnbd.jobs import Job, JobRegistry
+from replnbd.daemon import Config, Daemon, DiskConfig, ServerConfig, check_config
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 SIZE = 1 << 20
 
 
-class Mirror(Job):
-    """Has copied everything after a turn."""
-
-    type = "mirror"
-
-    async def run(self) -> None:
-        await asyncio.sleep(0)
-        self.progress_current = self.progress_total = SIZE
-        await self.become_ready()
-        while not await self.told_to_end(idle=True):
-            pass
-
-    def on_end(self) -> None:
-        return
-
-
-class Disk:
-    """A quorum, as far as commands see it."""
-
-    name = "colo-disk0"
-    size = SIZE
-    standby = None
-
-    def __init__(self, bus: EventBus) -> None:
-        self._bus = bus
-        self._added: list[str] = []
-
-    def children(self) -> list[tuple[str, str]]:
-        names = ["local", *self._added]
-        return [(f"children.{number}", name) for number, name in enumerate(names)]
-
-    async def add_child(self, node: AddedNode) -> None:
-        self._added.append(node.name)
-
-    async def remove_child(self, child: str) -> None:
-        del self._added[int(child.partition(".")[2]) - 1]
-
-    def reaches(self, node_name: str) -> bool:
-        return False
-
-    def yank(self, node_name: str) -> None:
-        return
-
-    def hurry(self) -> None:
-        return
-
-    async def mirror(self, target: AddedNode, options: MirrorOptions) -> Job:
-        return Mirror(options.job_id, self._bus, auto_dismiss=options.auto_dismiss)
-
-
-class OneDisk(JobControl, GraphControl, FakeBackend):
-    """A backend with that disk."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.jobs_registry = JobRegistry()
-        disk = Disk(self.events)
-        self.graph = Graph(self.jobs_registry, lambda: [disk])
-
-    def block_nodes(self) -> list[dict[str, Any]]:
-        own = [{"node-name": name} for name in ("colo-disk0", "local")]
-        return own + self.graph.describe()
-
-
 @pytest.fixture
 async def ours(short_dir: Path) -> AsyncIterator[Path]:
-    server = ControlServer(OneDisk(), short_dir / "qmp.sock")
-    await server.start()
-    yield Path(server.path)
-    await server.close()
+    """With the same disk."""
+    (short_dir / "ours").write_bytes(os.urandom(SIZE))
+    disk = DiskConfig(name="colo-disk0", mode="primary", disk="ours")
+    server = ServerConfig(listen=[], control="qmp.sock")
+    async with Daemon(check_config(Config(server=server, disk=[disk]), short_dir)):
+        yield short_dir / "qmp.sock"
 
 
 @pytest.fixture
@@ -148,6 +81,8 @@ class Talk:
 
     async def _listen(self) -> Any:
         message = json.loads(await self._client.line())
+        while message.get("event", "").startswith("x-replnbd-"):
+            message = json.loads(await self._client.line())
         if "event" in message:
             data = message["data"]
             heard = (message["event"], {k: data[k] for k in data if k not in ("len", "offset")})
@@ -191,3 +126,4 @@ async def test_a_standby_is_brought_back_with_the_same_words(qemu: Path, ours: P
         (data.get("id"), data.get("status")) for _, data in theirs if isinstance(data, dict)
     ]
     assert await resync(ours, server) == theirs
+    assert (qemu.parent / "standby").read_bytes() == (ours.parent / "ours").read_bytes()
