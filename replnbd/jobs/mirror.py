@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from replnbd.block import BlockNode, DirtyMap, Extent, RangeLock, each_extent
@@ -147,7 +148,8 @@ class MirrorJob(Job):
             values += [value] * -(-count // GRANULE)
         position, window = offset, WINDOW
         while position < end:
-            extents = await self._source.block_status(position, min(window, end - position))
+            with self._reading():
+                extents = await self._source.block_status(position, min(window, end - position))
             empty = len(extents) == 1 and extents[0].zero
             window = min(4 * window, RUN) if empty else WINDOW
             for start, stop, hole in _segments(position, end, extents):
@@ -166,9 +168,10 @@ class MirrorJob(Job):
             return False
         key = await self._ranges.acquire(offset, length, True)
         try:
-            async for extent in each_extent(self._source, offset, length):
-                if not extent.zero:
-                    return False
+            with self._reading():
+                async for extent in each_extent(self._source, offset, length):
+                    if not extent.zero:
+                        return False
             self._dirty.found_equal(offset, length)
         finally:
             self._ranges.release(key)
@@ -203,7 +206,21 @@ class MirrorJob(Job):
             self.progress_current += length
             self._buffers.append(buffer)
         except Exception as exc:
-            self._failure = self._failure or exc  # `run` raises it
+            self._fail("write", exc)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """An error in here is the source's."""
+        try:
+            yield
+        except OSError as exc:
+            self._fail("read", exc)
+            raise
+
+    def _fail(self, operation: str, error: Exception) -> None:
+        """`run` raises it. The others may be reading or writing: the first one counts."""
+        if self._failure is None:
+            self._failure, self.operation = error, operation
 
     async def _send(
         self, buffer: bytearray, offset: int, length: int, theirs: Sequence[int | None]
@@ -213,9 +230,8 @@ class MirrorJob(Job):
         try:
             # Holes are read, too: faster than to ask for them.
             view = memoryview(buffer)[:length]
-            self.operation = "read"
-            await self._source.pread(offset, view)
-            self.operation = "write"
+            with self._reading():
+                await self._source.pread(offset, view)
             answers: list[Awaitable[object]] = []
             for start, end, what in _runs(buffer, length, theirs):
                 if what == EQUAL:

@@ -159,7 +159,8 @@ class Link:
             await self._verifying.wait()
         self.set_state(LinkState.OFF)
         self.mirror, self.from_scratch = None, False
-        self.node_name = self.own_node_name
+        if self.node_name != self.own_node_name:
+            self.node_name, self.to = self.own_node_name, None
         self.forwarder.sync = self._sync
 
     def yank(self) -> None:

@@ -15,6 +15,7 @@ from graph_support import SIZE, World, opened, silent, until
 from replnbd.control import InetServer, NbdNodeOptions, UnixServer
 from replnbd.daemon.quorum import uri_of
 from replnbd.errors import ConfigError, StateError
+from replnbd.filters import FaultNode
 from replnbd.replication import LinkState, Stage
 
 TAKEN = "Node 'vm0' has one copy at a time, and that is '{}' now"
@@ -191,6 +192,26 @@ async def test_a_target_without_space_stops_the_job_if_the_user_says_so(world: W
     job.resume()
     await world.wait_status("ready")
     await world.compare()
+
+
+@pytest.mark.slow
+async def test_errors_of_the_source_are_another_matter(world: World) -> None:
+    source = world.disk.link.source = FaultNode("faulty", world.disk.link.source)
+    source.fail("pread", errno.EIO, times=1)
+    await world.mirror(on_source_error="ignore")
+    await world.wait_status("ready")
+    assert world.events("BLOCK_JOB_ERROR") == [
+        {"device": "resync", "operation": "read", "action": "ignore"}
+    ]
+    await world.compare()
+    world.job().cancel()
+    await world.job().wait()
+    source.fail("pread", errno.EIO)
+    failed = await world.mirror(job_id="another", on_target_error="ignore")
+    await failed.wait()
+    assert world.events("BLOCK_JOB_ERROR")[1:] == [
+        {"device": "another", "operation": "read", "action": "report"}
+    ]
 
 
 async def test_a_write_that_a_ready_target_refuses_fails_the_job(world: World) -> None:
