@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from colo_support import DEVICE, JOB, LIVE, NODE, AnyStandby, QemuStandby, ReplnbdStandby, World
+from colo_support import (
+    DEVICE,
+    JOB,
+    LIVE,
+    NODE,
+    AnyStandby,
+    QemuStandby,
+    ReplnbdStandby,
+    World,
+)
+from interop_support import KIB
+from peers import End, Fault, Way
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -151,6 +162,23 @@ def test_a_mirror_whose_target_vanishes_fails_and_the_next_one_does_not(world: W
     assert primary.mirror().ok
     primary.finish_mirror()
     assert primary.take_in().ok
+    primary.wait_for_link(LIVE)
+    world.compare()
+
+
+def test_a_mirror_that_ignores_errors_gets_there_through_any_number_of_cuts(world: World) -> None:
+    primary = world.primary
+    rng = world.rng
+    world.proxy.schedule(
+        Fault(rng.randint(0, 200 * KIB), Way.TO_SERVER, rng.choice(list(End))) for _ in range(10)
+    )
+    primary.add_node(world.server)
+    assert primary.mirror(**{"on-target-error": "ignore"}).ok
+    primary.wait_for_event("BLOCK_JOB_ERROR", action="ignore")
+    primary.finish_mirror()
+    world.proxy.schedule(())
+    assert primary.take_in().ok
+    world.guest.wrote_more()
     primary.wait_for_link(LIVE)
     world.compare()
 
