@@ -23,7 +23,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from replnbd.block import Buffer, DirtyMap
+from replnbd.block import GRANULE, Buffer, DirtyMap
 from replnbd.block.nbd_connection import NbdConnection
 from replnbd.nbd import constants as c
 from replnbd.replication.in_flight import Epoch, InFlight
@@ -76,6 +76,9 @@ class Forwarder:
         self._lossy = False
         """Whether the copy lacks something that clients were told is written."""
         self._in_flight = InFlight()
+        self._late: set[int] = set()
+        """Granules of what other connections have sent, and no answer came for: a server may do it
+        yet, after what this one sends. They stay marked, until `copy_late`."""
         self._flushing = False
         self._flush_again = False
 
@@ -107,13 +110,19 @@ class Forwarder:
         self.dirty.all_fall_behind()
         return lossy
 
+    def copy_late(self) -> None:
+        """By now a server has done what it was sent on other connections, or never will."""
+        late, self._late = self._late, set()
+        for granule in late:
+            self._fall_behind(granule * GRANULE, 1)
+
     async def prove(self) -> None:
         """End the epoch, and unmark what the copy has got in it. OSError: it cannot be known."""
         async with self._proving:  # or one would unmark what another has only begun to prove
             connection = self.connection
             if connection is None:
                 raise _no_way()
-            granules = self.dirty.turn()
+            granules = self.dirty.turn() - self._late
             self._ended.append(self._epoch)
             self._epoch = Epoch()
             # Their granules are among these; who waited for them first may have been cancelled.
@@ -230,7 +239,7 @@ class Forwarder:
 
         def done(failure: OSError | None) -> None:
             if in_flight is not None:
-                in_flight.remove(offset, length)
+                self._arrived(in_flight, offset, length, failure)
             if failure is not None:
                 self.dirty.fall_behind(offset, length)
             epoch.leave()
@@ -332,7 +341,7 @@ class Forwarder:
         failure: OSError | None,
     ) -> None:
         if in_flight is not None:
-            in_flight.remove(offset, length)
+            self._arrived(in_flight, offset, length, failure)
         if failure is not None:
             self._lossy = True
             self._fall_behind(offset, length)
@@ -340,6 +349,13 @@ class Forwarder:
         epoch.leave()
         if answered is not None and not answered.done():
             answered.set_result(failure)
+
+    def _arrived(
+        self, in_flight: InFlight, offset: int, length: int, failure: OSError | None
+    ) -> None:
+        in_flight.remove(offset, length)
+        if failure is not None and (self.connection is None or self.connection.closed):
+            self._late.update(range(offset // GRANULE, (offset + length - 1) // GRANULE + 1))
 
     def _flush_copy(self, connection: NbdConnection) -> None:
         self._flushing, self._flush_again = True, False

@@ -31,6 +31,7 @@ from replnbd.jobs import MirrorJob
 from replnbd.replication.lineage import OUTDATED, STRANGERS, Lineage, Plan, new_name, plan
 from replnbd.replication.peer import Begin, End, Enter
 from replnbd.replication.target import (
+    RESPONSE_TIMEOUT_S,
     Refused,
     ask,
     check,
@@ -49,6 +50,8 @@ PROVE_S = 2.0
 """An epoch: so much more than necessary a resync compares at most."""
 HEARTBEAT_S = 5.0
 """How often a target is asked what it is, which also shows that it is there."""
+LATE_S = RESPONSE_TIMEOUT_S
+"""How long a server may take to do what it was sent on a connection that has ended."""
 FAILED_COPY_S = 2.0
 """Until what the target could not store is sent again."""
 
@@ -200,10 +203,12 @@ class Session:
     async def _tend(self) -> None:
         """What goes on beside: prove, and ask the target how it is."""
         loop = asyncio.get_running_loop()
-        asked = loop.time()
+        began = asked = loop.time()
         try:
             while True:
                 await asyncio.sleep(PROVE_S)
+                if loop.time() - began >= LATE_S:
+                    self._forwarder.copy_late()
                 if self._history.map.unproven:
                     await self._forwarder.prove()
                 if self._peer is not None and loop.time() - asked >= HEARTBEAT_S:

@@ -35,8 +35,9 @@ FAILED = {"error": True, "desc": "I/O error occurred"}
 IMPATIENT = (
     sys.executable,
     "-c",
-    "from replnbd.cli import main; from replnbd.replication import target;"
-    "target.CONNECT_TIMEOUT_S = target.RESPONSE_TIMEOUT_S = 2.0; main()",
+    "from replnbd.cli import main; from replnbd.replication import session, target;"
+    "target.CONNECT_TIMEOUT_S = target.RESPONSE_TIMEOUT_S = 2.0;"
+    "session.LATE_S = 3.0; session.PROVE_S = 0.5; main()",
 )
 """A replnbd that gives a silent target up after 2 s, and not after 20."""
 
@@ -224,6 +225,12 @@ class Foreign:
         self.primary.wait_in_step()
         self.compare_local()
         assert_same(self.server.content(), self.content, "the target")
+
+    def compare_for_good(self) -> None:
+        """The same once nothing can come any more that was sent on connections that have ended."""
+        self.primary.wait_in_step()
+        self.wait_proven()
+        self.compare()
 
     def wait_proven(self) -> None:
         """Until nothing is marked."""
