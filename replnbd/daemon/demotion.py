@@ -1,4 +1,7 @@
-"""Demotion: a primary's disks become a standby's, in the same daemon and after it."""
+"""Demotion: a primary's disks become a standby's, in the same daemon and after it.
+
+Once they have taken over they are a primary's again, at the next start; but not before all that the
+standby had is in the disk itself."""
 
 from __future__ import annotations
 
@@ -8,18 +11,28 @@ import msgspec
 
 from replnbd.daemon.config import DiskConfig
 from replnbd.daemon.histories import role_of
+from replnbd.daemon.recovery import holds_views, remove_journal
 from replnbd.errors import ConfigError
 from replnbd.replication import Role
 
 
 async def begins_as_standby(disks: Sequence[DiskConfig]) -> bool:
-    """Whether disks in mode primary have been demoted. ConfigError if only some have."""
+    """Whether disks in mode primary have been demoted. ConfigError if only some have, or if what
+    they were as a standby's cannot be understood."""
+    if await holds_views([demoted(disk) for disk in disks]):
+        return True
     roles = {disk.name: await role_of(disk) for disk in disks}
     standbys = [name for name, role in roles.items() if role is Role.STANDBY]
     if standbys and len(standbys) < len(roles):
         names = ", ".join(f"'{name}'" for name in standbys)
         raise ConfigError(f"{names} are disks of a standby, and the others of a primary")
     return bool(standbys)
+
+
+async def forget_standby(disks: Sequence[DiskConfig]) -> None:
+    """They are a primary's: that they took over once, as a standby, is nobody's fence any more.
+    ConfigError."""
+    await remove_journal([demoted(disk) for disk in disks])
 
 
 def demoted(disk: DiskConfig) -> DiskConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from replnbd.block import BlockNode
 from replnbd.daemon.config import DiskConfig
+from replnbd.daemon.demotion import forget_standby
 from replnbd.daemon.describe import primary_nodes, primary_status
 from replnbd.daemon.histories import history_path, make_history, open_history
 from replnbd.daemon.images import check_sectors, open_image
@@ -49,6 +50,7 @@ class PrimarySide(Side):
             self.group = group = PrimaryGroup(disks)
             bus = self.services.events
             self._quorums = [PrimaryQuorum(disk, group, bus) for disk in disks]
+        await forget_standby(self.configs)
         for config, disk in zip(self.configs, disks, strict=True):
             export = self.new_export(disk.name, disk.name, f"disk {disk.name}")
             assert export is not None

@@ -116,6 +116,26 @@ async def open_past(disks: Sequence[DiskConfig]) -> Past:
     return past
 
 
+async def holds_views(disks: Sequence[DiskConfig]) -> bool:
+    """Whether the last process that had them left something in overlays that the disks lack: a
+    commit under way, for one. ConfigError or ImageError, as `open_past`."""
+    past = await open_past(disks)
+    if past.journal is not None:
+        await past.journal.close()
+    return past.record is not None and any(map(_has_view, past.record.disks))
+
+
+async def remove_journal(disks: Sequence[DiskConfig]) -> None:
+    """Nothing of what it says is so any more, and there are no views. ConfigError."""
+    path = _find_journal(disks)
+    try:
+        if os.path.lexists(path):
+            await run_blocking(os.unlink, path)
+            await run_blocking(sync_directory, path)
+    except OSError as exc:
+        raise ConfigError(f"cannot remove {path}: {exc.strerror}") from exc
+
+
 async def sync_names(past: Past, disks: Sequence[DiskConfig]) -> None:
     """Make the names of our files durable: who made one may have died just before. ConfigError."""
     if past.end is LastEnd.ORDERLY:

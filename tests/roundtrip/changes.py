@@ -50,7 +50,6 @@ class Takeover:
         before = [pair.target.status(number)["history"] for number in range(pair.count)]
         pair.target.failover(self.to)
         if kill_in_commit:
-            time.sleep(pair.rng.uniform(0, 0.05))
             pair.target.kill()
             pair.target.start()
         wait_until(pair.target.committed, "the commit", timeout_s=PATIENCE_S)
