@@ -63,6 +63,7 @@ def primary_status(disk: PrimaryDisk, exports: Mapping[str, Export]) -> dict[str
         "errors": _errors(disk.node, exports),
         "bytes-written": disk.node.bytes_written,
         "job": job.describe() if job is not None else None,
+        "refused": disk.refused,
         "history": _history(disk.history),
         "link": disk.link.describe(),
     }

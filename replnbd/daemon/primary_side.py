@@ -19,9 +19,12 @@ from replnbd.errors import StateError
 from replnbd.replication import (
     RESYNC_BITMAP,
     History,
+    NoTarget,
+    PeerNode,
     PrimaryDisk,
     PrimaryGroup,
     Role,
+    peer_export,
     unproven_runs,
 )
 from replnbd.server import Export
@@ -56,6 +59,11 @@ class PrimarySide(Side):
             assert export is not None
             export.connections_max = config.max_connections
             self.services.server.add_export(export)
+            # Without it a source would take this for a server that is none of ours.
+            node = PeerNode(peer_export(disk.name), NoTarget(disk))
+            self.services.server.add_export(
+                Export(node.name, node, listed=False, allow=config.allow)
+            )
             disk.resume()
 
     async def close(self) -> None:

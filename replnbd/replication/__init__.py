@@ -41,7 +41,7 @@ from replnbd.replication.journal import (
 from replnbd.replication.link_mirror import LinkMirror, MirrorTerms
 from replnbd.replication.nodes import GateNode
 from replnbd.replication.peer import RESYNC_BITMAP, RESYNC_CONTEXT, PeerNode, peer_export
-from replnbd.replication.primary import PrimaryDisk
+from replnbd.replication.primary import NoTarget, PrimaryDisk
 from replnbd.replication.primary_group import PrimaryGroup
 from replnbd.replication.session import LinkState
 from replnbd.replication.stage import Command, Stage
@@ -63,6 +63,7 @@ __all__ = [
     "LinkMirror",
     "LinkState",
     "MirrorTerms",
+    "NoTarget",
     "PeerNode",
     "PrimaryDisk",
     "PrimaryGroup",

@@ -74,6 +74,10 @@ SPLIT_BRAIN = (
     "split brain: both sides have taken writes since they were in step last: 'replnbd reset' on the"
     " side whose writes are to be dropped"
 )
+TWO_PRIMARIES = (
+    "the target is a primary itself: 'replnbd demote' there makes it a standby, and on this side"
+    " this one"
+)
 STRANGERS = (
     "the standby's disk is a copy of another one: 'replnbd reset --force' there, in stage none,"
     " makes it forget that, and then it is overwritten"

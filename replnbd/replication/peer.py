@@ -52,6 +52,8 @@ class PeerState(msgspec.Struct, forbid_unknown_fields=False, rename="kebab", kw_
     """It has taken over."""
     syncing: bool
     claim: Claim
+    primary: bool = False
+    """It is none for anybody."""
 
 
 class Enter(msgspec.Struct, tag="enter", tag_field="say", rename="kebab", kw_only=True):

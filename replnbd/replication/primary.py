@@ -28,12 +28,50 @@ from replnbd.events import EventBus
 from replnbd.filters import QuorumNode
 from replnbd.jobs import Job, JobRegistry
 from replnbd.replication.history import History, Role
+from replnbd.replication.lineage import TWO_PRIMARIES, Claim, Lineage, Plan
 from replnbd.replication.link import Link
 from replnbd.replication.nodes import GateNode
+from replnbd.replication.peer import PeerState
 from replnbd.replication.session import LinkState
 from replnbd.replication.stage import IO_ERROR, NOT_RUNNING, Command, Stage, next_stage
+from replnbd.replication.target import Refused, decide
 
 log = logging.getLogger(__name__)
+
+
+class NoTarget:
+    """A `peer.Target` that no source may write to: a primary's `disk`."""
+
+    def __init__(self, disk: PrimaryDisk) -> None:
+        self._disk = disk
+
+    def peer_state(self) -> PeerState:
+        """See `peer.Target`."""
+        disk = self._disk
+        return PeerState(
+            name=disk.name,
+            size=disk.disk.size,
+            stage=disk.stage.value,
+            fenced=False,
+            syncing=False,
+            claim=disk.history.claim,
+            primary=True,
+        )
+
+    async def enter(self) -> None:
+        """See `peer.Target`."""
+
+    async def begin_sync(self, claim: Claim, begin: Plan) -> None:
+        """See `peer.Target`."""
+        try:
+            decide(claim, self.peer_state())
+        except Refused as exc:
+            self._disk.refuse(str(exc))
+        raise StateError(TWO_PRIMARIES)
+
+    async def end_sync(self, lineage: Lineage) -> None:
+        """See `peer.Target`."""
+        raise StateError(TWO_PRIMARIES)
 
 
 class PrimaryDisk:
@@ -63,6 +101,8 @@ class PrimaryDisk:
         """What `query-xen-replication-status` says is wrong, while something is."""
         self.lent = False
         """Whether the graph has the link."""
+        self.refused: str | None = None
+        """Why somebody who took this disk for a standby's was refused last."""
         self._bus = bus
         self._ranges = RangeLock()
         self.link = Link(
@@ -122,6 +162,14 @@ class PrimaryDisk:
         """Go on in the stage of an earlier process."""
         if self.stage is Stage.RUNNING and self.to is not None:
             self.link.start(self.to)
+
+    def refuse(self, reason: str) -> None:
+        """Somebody takes this disk for a standby's. StateError."""
+        if reason != self.refused:
+            log.warning("disk %s: another primary is refused: %s", self.name, reason)
+            self._bus.emit("x-replnbd-refused", device=self.name, reason=reason)
+        self.refused = reason
+        raise StateError(reason)
 
     async def run(self) -> None:
         """Stage *running*. StateError if that cannot be recorded."""

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from replnbd.block import NbdConnection, parse_nbd_uri
 from replnbd.errors import ProtocolError
 from replnbd.jobs import MirrorJob
-from replnbd.replication.lineage import OUTDATED, STRANGERS, Lineage, Plan, new_name, plan
+from replnbd.replication.lineage import OUTDATED, Lineage, Plan, new_name
 from replnbd.replication.peer import Begin, End, Enter
 from replnbd.replication.target import (
     RESPONSE_TIMEOUT_S,
@@ -38,6 +38,7 @@ from replnbd.replication.target import (
     connect,
     connect_peer,
     contexts_for,
+    decide,
     known_digests,
     marks,
     say,
@@ -123,15 +124,13 @@ class Session:
         state = await ask(self._peer)
         if state.size != record.size:
             raise Refused(f"it has {state.size} bytes, and this disk {record.size}")
-        decided = plan(self._history.claim, state.claim)
-        if state.fenced and decided in (Plan.FULL, Plan.INCREMENTAL, STRANGERS):
-            decided = OUTDATED
-        if not isinstance(decided, Plan):
+        self._agreed = None if state.syncing else state.claim.lineage
+        try:
+            return decide(self._history.claim, state)
+        except Refused:
             with suppress(OSError):  # it is to know, too
                 await say(self._peer, Begin(claim=self._history.claim, plan=Plan.INCREMENTAL))
-            raise Refused(decided)
-        self._agreed = None if state.syncing else state.claim.lineage
-        return decided
+            raise
 
     async def _mark(self, decided: Plan, data: NbdConnection) -> None:
         """What the target has otherwise is to be copied."""

@@ -14,6 +14,7 @@ from replnbd.block.nbd_connection import NbdConnection
 from replnbd.block.nbd_uri import NbdTarget
 from replnbd.nbd import BASE_ALLOCATION, DIRTY, X_REPLNBD_DIGEST
 from replnbd.nbd.constants import AllocationState
+from replnbd.replication.lineage import OUTDATED, STRANGERS, TWO_PRIMARIES, Claim, Plan, plan
 from replnbd.replication.peer import (
     EXPORT_PREFIX,
     NODE_BYTES,
@@ -53,6 +54,16 @@ async def connect(
     )
     stack.push_async_callback(connection.close)
     return connection
+
+
+def decide(source: Claim, state: PeerState) -> Plan:
+    """What has to be done to make a replnbd's disk a copy of `source`. Refused if it must not."""
+    decided = plan(source, state.claim)
+    if decided in (*Plan, STRANGERS) and (state.primary or state.fenced):
+        decided = TWO_PRIMARIES if state.primary else OUTDATED
+    if not isinstance(decided, Plan):
+        raise Refused(decided)
+    return decided
 
 
 def check(connection: NbdConnection, size: int) -> None:

@@ -121,9 +121,9 @@ class Takeover:
         pair.source, pair.target = pair.target, pair.source
         self.truth, pair.contents = pair.contents, []
         for number, disk in enumerate(pair.source.disks):
-            found = pair.source.read(disk.top)
+            found = pair.source.read(pair.source.user_export(number))
             if taken is not None:
-                check_equal(found, taken[number], f"{disk.top} after the failover")
+                check_equal(found, taken[number], f"{disk.name} after the failover")
             pair.contents.append(Content(bytes(found)))
         pair.views, pair.checkpoints = [], []
 
@@ -189,13 +189,16 @@ class Takeover:
     def replicate(self) -> None:
         """The new source sends to the old one, which is a standby's side now."""
         pair = self.pair
+        if pair.source.role == "primary":
+            pair.source.begin()
+            return self._resolve()
         for number, (disk, theirs) in enumerate(
             zip(pair.source.disks, pair.target.disks, strict=True)
         ):
             to = pair.target.proxy.uri(theirs.name)
             pair.source.qmp.execute("x-replnbd-replicate", {"to": to, "device": disk.name})
             assert pair.source.link(number)["to"] == to
-        self._resolve()
+        return self._resolve()
 
     def _resolve(self) -> None:
         """If it is a split brain, that is said, and it is the old source that is dropped."""

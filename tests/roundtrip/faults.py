@@ -66,9 +66,11 @@ def kill_both(pair: Pair) -> None:
     pair.target.kill()
     pair.guests_ended()
     first, second = pair.rng.sample([pair.source, pair.target], 2)
-    first.start()
-    second.start()
-    pair.settle_source()
+    for host in first, second:
+        if host is pair.source:
+            pair.start_source()
+        else:
+            host.start()
     pair.check_views()
 
 

@@ -165,7 +165,10 @@ class Host:
 
     def committed(self) -> bool:
         """Whether the failover of all disks has ended; PeerError if one has failed."""
-        stages = {disk["stage"] for disk in self.qmp.execute("x-replnbd-status")["disks"]}
+        status = self.qmp.execute("x-replnbd-status")
+        stages = {disk["stage"] for disk in status["disks"]}
+        if status["role"] == "primary":
+            return True  # demoted once, and started after the commit
         if "failover-failed" in stages:
             raise PeerError(f"{self.letter}: the commit has failed")
         return stages == {"done"}

@@ -138,8 +138,7 @@ class Pair:
         """kill -9, and what was acknowledged is there afterwards."""
         self.source.kill()
         self.guests_ended()
-        self.source.start()
-        self.settle_source()
+        self.start_source()
 
     def kill_target(self) -> None:
         """kill -9, and its view is there afterwards."""
@@ -153,14 +152,20 @@ class Pair:
             guest.expects_shutdown = True
         self.source.quit()
         self.guests_ended()
-        self.source.start()
-        self.settle_source()
+        self.start_source()
 
     def restart_target(self) -> None:
         """In order."""
         self.target.quit()
         self.target.start()
         self.check_views()
+
+    def start_source(self) -> None:
+        """It goes on as it was; but a demoted one that has taken over is a primary again."""
+        self.source.start()
+        if self.source.role == "primary" and self.source.status()["stage"] == "none":
+            self.source.begin()
+        self.settle_source()
 
     def settle_source(self) -> None:
         """What the source's users find. Nobody writes."""

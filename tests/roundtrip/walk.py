@@ -8,7 +8,6 @@ from pathlib import Path
 
 from changes import SPLIT_BRAIN, Old, Takeover
 from faults import FAULTS, NETWORK, amid_sync
-from guest_model import check_equal
 from pair import GRANULE, Pair
 from peers.disk import DiskFormat
 
@@ -69,9 +68,16 @@ class Walk:
         """When there are faults in a synchronisation."""
         return sorted(self.rng.random() for _ in range(self.rng.choice([0, 1, 1, 2])))
 
-    def steps(self) -> list[Callable[[Walk], None]]:
+    def steps(self) -> list[Step]:
         """What may come next, as often as it is likely."""
-        steps = [Walk.load, Walk.fault, Walk.fault, Walk.fault, Walk.resync, Walk.calm_resync]
+        steps: list[Step] = [
+            Walk.load,
+            Walk.fault,
+            Walk.fault,
+            Walk.fault,
+            Walk.resync,
+            Walk.calm_resync,
+        ]
         if not self.pair.started:
             return [*steps, Walk.begin, Walk.begin]
         return [*steps, Walk.checkpoint, Walk.checkpoint, Walk.write_view, Walk.fail_over,
@@ -199,6 +205,4 @@ class Walk:
         return pair.compare()
 
 
-def check_unchanged(found: bytes, before: bytes, what: str) -> None:
-    """A name for tests."""
-    check_equal(found, before, what)
+Step = Callable[[Walk], None]

@@ -1,0 +1,69 @@
+"""Whom a source must not overwrite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from guest_model import check_equal
+from host import Host
+from pair import Pair, sparse
+from peers import wait_until
+
+pytestmark = pytest.mark.slow
+SIZE = 2 << 20
+
+
+@pytest.fixture
+def hosts(short_dir: Path) -> Iterator[tuple[Host, Host]]:
+    """Two, with data that has nothing in common."""
+    pair = []
+    for letter in "ab":
+        pair.append(Host(short_dir, letter, [letter.encode() * SIZE], "raw"))
+    a, b = pair
+    a.to, b.to = [b.proxy.uri("b0")], [a.proxy.uri("a0")]
+    try:
+        yield a, b
+    finally:
+        a.close()
+        b.close()
+
+
+def refused(host: Host) -> bool:
+    return bool(host.link()["state"] == "refused")
+
+
+def test_two_primaries_that_are_each_others_target_overwrite_nothing(
+    hosts: tuple[Host, Host],
+) -> None:
+    for host in hosts:
+        host.start("primary")
+        host.begin()
+    wait_until(lambda: all(map(refused, hosts)), "both to be refused")
+    for host in hosts:
+        assert "is a primary itself" in host.link()["reason"]
+        assert host.status()["refused"] == host.link()["reason"]
+        check_equal(host.read(f"{host.letter}0"), host.letter.encode() * SIZE, host.letter)
+
+
+def test_the_standby_of_another_disk_is_refused_until_it_forgets_that(short_dir: Path) -> None:
+    with Pair(short_dir, 1, size=SIZE) as pair:
+        pair.source.begin()
+        pair.compare()
+        data = sparse(pair.rng, SIZE)
+        stranger = Host(short_dir, "c", [data], "raw")
+        stranger.to = [pair.b.proxy.uri("b0")]
+        try:
+            pair.source.quit()
+            stranger.start("primary")
+            stranger.begin()
+            wait_until(lambda: refused(stranger), "a refusal")
+            assert "is a copy of another one" in stranger.link()["reason"]
+            assert pair.target.status()["refused"] == stranger.link()["reason"]
+            check_equal(pair.target.read("b0"), pair.contents[0].data, "the standby's disk")
+            pair.target.qmp.execute("x-replnbd-reset", {"force": True})
+            wait_until(lambda: stranger.link()["state"] == "live", "the copy")
+            check_equal(pair.target.read("b0"), data, "the standby's disk")
+        finally:
+            stranger.close()
