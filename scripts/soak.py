@@ -4,6 +4,7 @@ deaths    lives of standbys in memory, whose process dies at any operation on an
 failures  the same, where the operation fails and the process lives on
 power     power failures: daemons whose storage loses what was not synced, in any order, and torn
 kills     kill -9 of a real daemon with two disks, under load and amid checkpoints
+roundtrips  walks of two real daemons: synchronisations, failovers and the way back, cut and killed
 
 After each, all bytes are compared with the model. Every line names the seed that repeats it.
 """
@@ -23,15 +24,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "replication"), str(TESTS / "daemon")]
+sys.path[:0] = [str(TESTS / room) for room in ("", "replication", "daemon", "roundtrip")]
 
 from crash_world import Life  # noqa: E402
 from kills import Kills  # noqa: E402
 from power_world import PowerLife  # noqa: E402
+from walk import Walk  # noqa: E402
 
 PER_LIFE = 20
 OPERATIONS = 150  # at most, until the next fault
 STEPS = 80
+WALK_STEPS = 8
 
 
 async def deaths(seed: int) -> int:
@@ -74,12 +77,22 @@ def kills(seed: int) -> int:
     return 10
 
 
+def roundtrips(seed: int) -> int:
+    """One walk."""
+    with tempfile.TemporaryDirectory(prefix="rnbd-", dir="/tmp") as name:
+        Walk(Path(name), seed).run(WALK_STEPS)
+    return 1
+
+
 KINDS: dict[str, Callable[[int], int]] = {
     "deaths": lambda seed: asyncio.run(deaths(seed)),
     "failures": lambda seed: asyncio.run(failures(seed)),
     "power": power,
     "kills": kills,
+    "roundtrips": roundtrips,
 }
+SIZES = dict.fromkeys(KINDS, PER_LIFE) | {"kills": 10, "roundtrips": 1}
+"""How many one seed does."""
 
 
 def one(job: tuple[str, int]) -> tuple[str, int, int, str]:
@@ -97,6 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("scripts/soak", "scripts/soak [options]", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     counts_wanted = {"deaths": 10_000, "failures": 2_000, "power": 10_000, "kills": 200}
+    counts_wanted["roundtrips"] = 200
     for kind, count in counts_wanted.items():
         parser.add_argument(f"--{kind}", type=int, default=count, help=f"so many ({count})")
     parser.add_argument("--seed", type=int, help="the first seed (by default, another each time)")
@@ -107,7 +121,7 @@ def main() -> int:
     wrong = 0
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for kind in KINDS:
-            wanted, size = getattr(options, kind), 10 if kind == "kills" else PER_LIFE
+            wanted, size = getattr(options, kind), SIZES[kind]
             jobs = [(kind, first + number) for number in range(-(-wanted // size))]
             for _, seed, done, failure in pool.imap_unordered(one, jobs):
                 counts[kind] = counts.get(kind, 0) + done

@@ -120,11 +120,15 @@ class PrimarySide(Side):
         except BaseException:
             await node.close()
             raise
+        to = config.to or history.record.to
+        if history.record.to is not None:
+            # It took over once, as a standby, and sends its writes since.
+            await history.end_as_standby()
         return PrimaryDisk(
             config.name,
             node,
             history,
-            config.to,
+            to,
             sync=bool(config.sync),
             bus=self.services.events,
             jobs=self.services.jobs,

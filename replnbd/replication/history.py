@@ -183,6 +183,10 @@ class History:
         """Where a primary stands."""
         await self._update(stage=stage)
 
+    async def end_as_standby(self) -> None:
+        """A standby that took over, and sends its writes since, is opened as a primary: it goes on."""
+        await self._update(stage=Stage.RUNNING, to=None)
+
     async def set_target(self, to: str | None) -> None:
         """Where a standby that has taken over sends its writes."""
         await self._update(to=to)

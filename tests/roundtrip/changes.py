@@ -176,15 +176,20 @@ class Takeover:
             if not live:
                 was.kill()
                 was.start()
-            was.qmp.execute("x-replnbd-reset")
+            self._reset_old()
         elif was.alive and live:
             was.qmp.execute("x-replnbd-demote")
         else:
             was.kill()
             was.start("secondary")
             if was.status()["fenced"]:
-                was.qmp.execute("x-replnbd-reset")
+                self._reset_old()
         self.replicate()
+
+    def _reset_old(self) -> None:
+        """With which it gives up what it took on alone, unasked."""
+        self.was.qmp.execute("x-replnbd-reset")
+        self.reasons = (OUTDATED, SPLIT_BRAIN)
 
     def replicate(self) -> None:
         """The new source sends to the old one, which is a standby's side now."""

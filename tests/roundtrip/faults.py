@@ -13,6 +13,10 @@ SLOW = 12 << 20
 """Bytes a second, while something is to happen in the middle of a synchronisation."""
 
 
+def none(pair: Pair) -> None:
+    """Nothing."""
+
+
 def drop(pair: Pair) -> None:
     """The connections end."""
     pair.network.drop()
@@ -34,7 +38,7 @@ def silence(pair: Pair) -> None:
     """For a while nothing comes through; for long enough, at times, that the link gives up."""
     ways = pair.rng.choice([(), (Way.TO_SERVER,), (Way.TO_CLIENT,)])
     pair.network.silence(*ways)
-    time.sleep(pair.rng.choice([0.05, 0.3, 3.5]))
+    time.sleep(pair.rng.choice([0.05, 0.3, 2.0]))
     pair.network.resume()
 
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     for name, value in HASTE.items():
         (module,) = [each for each in (link, session) if name in vars(each)]
         vars(module)[name] = value
-    target.CONNECT_TIMEOUT_S = target.RESPONSE_TIMEOUT_S = 2.0
+    target.CONNECT_TIMEOUT_S = target.RESPONSE_TIMEOUT_S = 1.2
     forwarder.QUEUE_BYTES_MAX = int(os.environ.get("REPLNBD_QUEUE", forwarder.QUEUE_BYTES_MAX))
     sys.argv = ["replnbd", *sys.argv[1:]]
     main()

@@ -18,10 +18,7 @@ SIZE = 2 << 20
 @pytest.fixture
 def hosts(short_dir: Path) -> Iterator[tuple[Host, Host]]:
     """Two, with data that has nothing in common."""
-    pair = []
-    for letter in "ab":
-        pair.append(Host(short_dir, letter, [letter.encode() * SIZE], "raw"))
-    a, b = pair
+    a, b = (Host(short_dir, letter, [letter.encode() * SIZE], "raw") for letter in "ab")
     a.to, b.to = [b.proxy.uri("b0")], [a.proxy.uri("a0")]
     try:
         yield a, b

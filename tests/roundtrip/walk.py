@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from changes import SPLIT_BRAIN, Old, Takeover
-from faults import FAULTS, NETWORK, amid_sync
+from faults import FAULTS, NETWORK, SLOW, amid_sync, none, reach
 from pair import GRANULE, Pair
 from peers.disk import DiskFormat
 
@@ -70,18 +70,10 @@ class Walk:
 
     def steps(self) -> list[Step]:
         """What may come next, as often as it is likely."""
-        steps: list[Step] = [
-            Walk.load,
-            Walk.fault,
-            Walk.fault,
-            Walk.fault,
-            Walk.resync,
-            Walk.calm_resync,
-        ]
+        steps: list[Step] = [Walk.load, Walk.resync, Walk.calm_resync, *[Walk.fault] * 3]
         if not self.pair.started:
-            return [*steps, Walk.begin, Walk.begin]
-        return [*steps, Walk.checkpoint, Walk.checkpoint, Walk.write_view, Walk.fail_over,
-                Walk.fail_over]  # fmt: skip
+            return [*steps, *[Walk.begin] * 3]
+        return [*steps, Walk.write_view, *[Walk.checkpoint] * 2, *[Walk.fail_over] * 3]
 
     # Section: steps
 
@@ -176,14 +168,13 @@ class Walk:
         pair.run_for(rng.randint(0, 40))
         if rng.random() < 0.5:
             pair.write_views()
-        if rng.random() < 0.3:  # amid a resync, at times
-            rng.choice(NETWORK)(pair)
         to = rng.choice(["standby", "standby", "checkpoint", "latest"])
         old = rng.choice(list(Old))
         if to == "latest" or old is Old.CUT_OFF:
-            pair.heal()
             with pair.quiet():
                 pair.wait_in_step()
+        elif rng.random() < 0.5:
+            self._amid_resync()
         takeover = Takeover(pair, to, old)
         takeover.run(kill_in_commit=rng.random() < 0.3)
         pair.start_guests()
@@ -203,6 +194,18 @@ class Walk:
         amid_sync(pair, *self._parts())
         pair.start_guests()
         return pair.compare()
+
+    def _amid_resync(self) -> None:
+        """The target is being brought up to date, and the network is as it is."""
+        pair = self.pair
+        pair.refuse(pair.target)
+        pair.run_for(self.rng.randint(5, 60))
+        pair.heal()
+        pair.network.limit(SLOW)
+        reach(pair, self.rng.random())
+        fault = self.rng.choice([*NETWORK, none])
+        pair.note(f"  amid a resync, {fault.__name__}")
+        fault(pair)
 
 
 Step = Callable[[Walk], None]
