@@ -2,7 +2,8 @@
 the bytes.
 
 The unit is the granule: 64 KiB, beginning at a multiple of that. Its digest is BLAKE2b of 64 bits:
-two granules that differ have the same one once in 10**19 times, unless somebody has made them so.
+two granules that differ have the same one once in 10**19 times. Whoever writes the bytes could look
+for two such, unless there is a `key` that he does not know.
 
 A run is bytes with one digest: cut at the multiples of GRANULE, each piece of it has that digest.
 Pieces are whole granules, but where a range begins or ends within one: then the digest is of those
@@ -32,18 +33,18 @@ Run = tuple[int, int]
 assert HASHED_BYTES_MAX % GRANULE == 0
 
 
-def digest_of(piece: Buffer) -> int:
+def digest_of(piece: Buffer, key: bytes = b"") -> int:
     """The digest of a granule, or of a piece of one."""
-    return int.from_bytes(blake2b(piece, digest_size=DIGEST_BYTES).digest(), "big")
+    return int.from_bytes(blake2b(piece, digest_size=DIGEST_BYTES, key=key).digest(), "big")
 
 
 @lru_cache(maxsize=64)
-def digest_of_zeroes(length: int) -> int:
+def digest_of_zeroes(length: int, key: bytes = b"") -> int:
     """The digest of a piece of `length` zeroes."""
-    return digest_of(bytes(length))
+    return digest_of(bytes(length), key)
 
 
-async def digests(node: BlockNode, offset: int, length: int) -> list[Run]:
+async def digests(node: BlockNode, offset: int, length: int, key: bytes = b"") -> list[Run]:
     """Runs from `offset` on, one at least; neighbours differ. They may fall short, but never
     within a granule: ask again from there.
 
@@ -60,7 +61,7 @@ async def digests(node: BlockNode, offset: int, length: int) -> list[Run]:
     extents = await node.block_status(offset, length)
     for start, end, zero in _stretches(offset, length, extents):
         if zero:
-            _append_zeroes(runs, start, end)
+            _append_zeroes(runs, start, end, key)
             continue
         for begin, stop in _pieces(start, end):
             if not budget:
@@ -68,7 +69,7 @@ async def digests(node: BlockNode, offset: int, length: int) -> list[Run]:
             budget -= GRANULE
             piece = buffer[: stop - begin]
             await node.pread(begin, piece)
-            _append(runs, stop - begin, digest_of(piece))
+            _append(runs, stop - begin, digest_of(piece, key))
             await asyncio.sleep(0)
     return runs
 
@@ -105,13 +106,13 @@ def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _append_zeroes(runs: list[Run], start: int, end: int) -> None:
+def _append_zeroes(runs: list[Run], start: int, end: int, key: bytes) -> None:
     head = min(-start % GRANULE, end - start)
     tail = (end - start - head) % GRANULE
     body = end - start - head - tail
     for length, piece in ((head, head), (body, GRANULE), (tail, tail)):
         if length:
-            _append(runs, length, digest_of_zeroes(piece))
+            _append(runs, length, digest_of_zeroes(piece, key))
 
 
 def _append(runs: list[Run], length: int, value: int) -> None:

@@ -263,8 +263,9 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
         for key in ("hidden", "active"):
             if not getattr(disk, key):
                 raise ConfigError(f"key '{key}' is missing: with an NBD URI it has no default")
-        disk.history = disk.history or f"{disk.hidden}.history"
     disk.hidden = disk.hidden or f"{disk.secondary}.hidden.qcow2"
+    if _has_no_place_beside(disk.secondary):
+        disk.history = disk.history or f"{disk.hidden}.history"
     disk.active = disk.active or f"{disk.secondary}.active.qcow2"
     disk.format = disk.image_format  # type: ignore[assignment]
     _check_count("key 'max-connections'", disk.max_connections)
@@ -284,8 +285,8 @@ def _check_primary(disk: DiskConfig, directory: Path) -> None:
         raise ConfigError("key 'disk' is missing: the file of the local disk")
     if is_nbd_uri(disk.disk):
         disk.disk = _check_remote("disk", disk.disk, disk.format, directory)
-        if disk.history is None:
-            raise ConfigError("key 'history' is missing: with an NBD URI it has no default")
+    if disk.history is None and _has_no_place_beside(disk.disk):
+        raise ConfigError(f"key 'history' is missing: for {disk.disk} it has no default")
     if disk.to is not None:
         disk.to = _check_remote("to", disk.to, None, directory)
         if not parse_nbd_uri(disk.to).export:
@@ -293,6 +294,11 @@ def _check_primary(disk: DiskConfig, directory: Path) -> None:
     disk.format = disk.image_format  # type: ignore[assignment]
     _check_count("key 'max-connections'", disk.max_connections)
     _make_absolute(disk, directory)
+
+
+def _has_no_place_beside(disk: str) -> bool:
+    """Of a device, and of what another NBD server has."""
+    return is_nbd_uri(disk) or disk.startswith("/dev/")
 
 
 def _make_absolute(disk: DiskConfig, directory: Path) -> None:

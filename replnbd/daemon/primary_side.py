@@ -107,6 +107,7 @@ class PrimarySide(Side):
                     writable,
                     bitmaps={RESYNC_BITMAP: partial(unproven_runs, disk.history)},
                     with_digests=True,
+                    digest_key=disk.history.digest_key,
                     allow=config.allow,
                 )
         return None

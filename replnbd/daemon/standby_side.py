@@ -121,6 +121,7 @@ class StandbySide(Side):
                 writable,
                 bitmaps=bitmaps,
                 with_digests=node is disk.primary,
+                digest_key=disk.peer.digest_key,
                 allow=allow,
                 connections_max=connections_max,
             )

@@ -50,6 +50,9 @@ class MirrorTarget(Protocol):
         """Of what it has, from a granule's `offset` on; they may fall short. None: it cannot tell.
         OSError."""
 
+    def digest_key(self) -> bytes:
+        """To its digests; the same for as long as a job lasts."""
+
     async def wait_answered(self, offset: int, length: int) -> None:
         """Until what is in flight in a range that is BEHIND is there, so that `digests` are of it,
         if they are not anyway. OSError."""
@@ -91,6 +94,8 @@ class MirrorJob(Job):
         self._dirty = dirty
         self._target = target
         self._compare = compare
+        self._key = target.digest_key()
+        self._zero = digest_of_zeroes(GRANULE, self._key)
         self._marks = dirty.writes
         self._copying: set[asyncio.Task[None]] = set()
         self._failure: Exception | None = None
@@ -164,7 +169,7 @@ class MirrorJob(Job):
 
     async def _skip_hole(self, offset: int, length: int, theirs: Sequence[int | None]) -> bool:
         """Whether there is nothing on both sides; then it is equal."""
-        if any(value != _ZERO_DIGEST for value in theirs):
+        if any(value != self._zero for value in theirs):
             return False
         key = await self._ranges.acquire(offset, length, True)
         try:
@@ -233,7 +238,7 @@ class MirrorJob(Job):
             with self._reading():
                 await self._source.pread(offset, view)
             answers: list[Awaitable[object]] = []
-            for start, end, what in _runs(buffer, length, theirs):
+            for start, end, what in _runs(buffer, length, theirs, self._key):
                 if what == EQUAL:
                     self._dirty.found_equal(offset + start, end - start)
                     continue
@@ -252,21 +257,21 @@ class MirrorJob(Job):
 EQUAL, ZERO, DATA = "equal", "zero", "data"
 
 _ZEROES = bytes(GRANULE)
-_ZERO_DIGEST = digest_of_zeroes(GRANULE)
 
 
 def _runs(
-    buffer: bytearray, length: int, theirs: Sequence[int | None]
+    buffer: bytearray, length: int, theirs: Sequence[int | None], key: bytes
 ) -> list[tuple[int, int, str]]:
     """buffer[:length], a chunk, as runs (start, end, what is to be done); `theirs`: see
     `MirrorJob._begin`."""
     runs: list[tuple[int, int, str]] = []
     view = memoryview(buffer)
+    zeroes = digest_of_zeroes(GRANULE, key)
     for start, value in zip(range(0, length, GRANULE), theirs, strict=True):
         end = min(start + GRANULE, length)
         if not buffer[start] and buffer.startswith(_ZEROES[: end - start], start, end):
-            what = EQUAL if value == digest_of_zeroes(end - start) else ZERO
-        elif value in (None, _ZERO_DIGEST) or value != digest_of(view[start:end]):
+            what = EQUAL if value == digest_of_zeroes(end - start, key) else ZERO
+        elif value in (None, zeroes) or value != digest_of(view[start:end], key):
             what = DATA
         else:
             what = EQUAL

@@ -44,6 +44,7 @@ class VerifyJob(Job):
         self._source = source
         self._dirty = dirty
         self._target = target
+        self._key = target.digest_key()
 
     async def run(self) -> None:
         position, size = 0, self._source.size
@@ -73,7 +74,7 @@ class VerifyJob(Job):
         self.operation = "read"
         length = min(length, RUN)
         mine, theirs = await asyncio.gather(
-            digests(self._source, offset, length), self._target.digests(offset, length)
+            digests(self._source, offset, length, self._key), self._target.digests(offset, length)
         )
         assert theirs is not None
         done = 0
@@ -104,7 +105,7 @@ class VerifyJob(Job):
         while not self._dirty.is_behind(offset, length):
             proofs, clean = self._dirty.proofs, self._dirty.is_clean(offset)
             theirs = await self._target.digests(offset, length)
-            if theirs == await digests(self._source, offset, length):
+            if theirs == await digests(self._source, offset, length, self._key):
                 return
             if clean and self._dirty.is_clean(offset) and self._dirty.proofs == proofs:
                 log.warning("%s: %d bytes at %d differ", self.id, length, offset)

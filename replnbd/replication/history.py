@@ -105,6 +105,11 @@ class History:
         """What this side says of its disk."""
         return Claim(self.record.lineage, self.record.pair)
 
+    def digest_key(self) -> bytes:
+        """By which both sides of a pair compare: nobody who writes to the disk knows it."""
+        pair = self.record.pair
+        return b"" if pair is None else pair.encode()
+
     @property
     def is_shared(self) -> bool:
         """Whether the present generation may be the peer's, too: before a write that the peer does
@@ -184,7 +189,8 @@ class History:
         await self._update(stage=stage)
 
     async def end_as_standby(self) -> None:
-        """A standby that took over, and sends its writes since, is opened as a primary: it goes on."""
+        """A standby that took over, and sends its writes since, is opened as a primary: it goes
+        on."""
         await self._update(stage=Stage.RUNNING, to=None)
 
     async def set_target(self, to: str | None) -> None:

@@ -252,12 +252,16 @@ class Session:
 
     # Section: MirrorTarget
 
+    def digest_key(self) -> bytes:
+        """See `jobs.MirrorTarget`."""
+        return self._history.digest_key()
+
     async def digests(self, offset: int, length: int) -> list[tuple[int, int | None]] | None:
         """See `jobs.MirrorTarget`."""
         connection = self._forwarder.connection
         if connection is None:
             raise self._lost or OSError(errno.ENOTCONN, "the way to the standby is lost")
-        return await known_digests(connection, offset, length)
+        return await known_digests(connection, offset, length, self.digest_key())
 
     async def wait_answered(self, offset: int, length: int) -> None:
         """See `jobs.MirrorTarget`."""

@@ -75,6 +75,10 @@ class StandbyPeer:
         """What this side says of its disk."""
         return Claim() if self.history is None else self.history.claim
 
+    def digest_key(self) -> bytes:
+        """See `History.digest_key`."""
+        return b"" if self.history is None else self.history.digest_key()
+
     @property
     def syncing(self) -> bool:
         """Whether a source is bringing the disk up to date: it is not what the source was at any

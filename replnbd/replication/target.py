@@ -121,7 +121,7 @@ async def say(peer: NbdConnection, message: Enter | Begin | End) -> None:
 
 
 async def known_digests(
-    connection: NbdConnection, offset: int, length: int
+    connection: NbdConnection, offset: int, length: int, key: bytes
 ) -> list[tuple[int, int | None]] | None:
     """What can be known of the target's granules from `offset` on: runs of one digest, None where
     there is data of which nothing is known. They may fall short. None: it tells nothing."""
@@ -130,7 +130,7 @@ async def known_digests(
     if BASE_ALLOCATION not in connection.contexts:
         return None
     found = (await connection.block_status(offset, length))[BASE_ALLOCATION]
-    return _holes(found, length)
+    return _holes(found, length, digest_of_zeroes(GRANULE, key))
 
 
 async def marks(connection: NbdConnection) -> AsyncIterator[tuple[int, int]]:
@@ -144,7 +144,7 @@ async def marks(connection: NbdConnection) -> AsyncIterator[tuple[int, int]]:
             offset += count
 
 
-def _holes(extents: list[tuple[int, int]], length: int) -> list[tuple[int, int | None]]:
+def _holes(extents: list[tuple[int, int]], length: int, zero: int) -> list[tuple[int, int | None]]:
     """Of block descriptors from a granule's beginning on: which whole granules are zeroes."""
     runs: list[tuple[int, int | None]] = []
     position = covered = 0
@@ -157,7 +157,7 @@ def _holes(extents: list[tuple[int, int]], length: int) -> list[tuple[int, int |
             if start > covered:
                 runs.append((start - covered, None))
             if stop > start:
-                runs.append((stop - start, digest_of_zeroes(GRANULE)))
+                runs.append((stop - start, zero))
             covered = max(covered, stop)
         position = end
     stop = position if position == length else position // GRANULE * GRANULE

@@ -50,18 +50,26 @@ def _dirty_bitmap(bitmap: DirtyBitmap) -> ContextStatus:
     return status
 
 
+def _digests(key: Callable[[], bytes]) -> ContextStatus:
+    async def status(node: BlockNode, offset: int, length: int) -> list[Descriptor]:
+        return await digests(node, offset, length, key())
+
+    return status
+
+
 def contexts_of(
-    bitmaps: Mapping[str, DirtyBitmap], *, with_digests: bool = False
+    bitmaps: Mapping[str, DirtyBitmap], *, digest_key: Callable[[], bytes] | None = None
 ) -> dict[str, ContextStatus]:
-    """By name: the contexts of an export that has these bitmaps, and maybe x-replnbd:digest."""
+    """By name: the contexts of an export that has these bitmaps, and, with a key to it,
+    x-replnbd:digest."""
     contexts: dict[str, ContextStatus] = {
         BASE_ALLOCATION: allocation,
         QEMU_ALLOCATION_DEPTH: allocation_depth,
     }
     for name, bitmap in bitmaps.items():
         contexts[QEMU_DIRTY_BITMAP + name] = _dirty_bitmap(bitmap)
-    if with_digests:
-        contexts[X_REPLNBD_DIGEST] = digests
+    if digest_key is not None:
+        contexts[X_REPLNBD_DIGEST] = _digests(digest_key)
     return contexts
 
 

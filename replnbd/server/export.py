@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,12 +85,14 @@ class Export:
         *,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
         with_digests: bool = False,
+        digest_key: Callable[[], bytes] = bytes,
         listed: bool = True,
         allow: Iterable[str] | None = None,
         connections_max: int | None = None,
     ) -> None:
         """`bitmaps`: by name, what the metadata contexts qemu:dirty-bitmap:NAME answer.
-        `with_digests`: there is a metadata context x-replnbd:digest.
+        `with_digests`: there is a metadata context x-replnbd:digest, by the key that `digest_key`
+        gives.
         `listed`: LIST shows it; if not, who uses it has to know its name.
         `allow`: who may use it, by the names in their certificates; None: everybody.
         `connections_max`: how many clients may use it at a time; None: as many as come.
@@ -110,7 +112,7 @@ class Export:
         self.refusal: str | None = None
         """Why clients are refused (set by NbdServer.fence); None while they are welcome."""
         self.listed = listed
-        self.contexts = contexts_of(bitmaps or {}, with_digests=with_digests)
+        self.contexts = contexts_of(bitmaps or {}, digest_key=digest_key if with_digests else None)
         """Metadata contexts by name, in the order of LIST_META_CONTEXT."""
         self.stats = ExportStats()
         self.connections_max = connections_max

@@ -305,6 +305,10 @@ class World:
 
     # Section: MirrorTarget
 
+    def digest_key(self) -> bytes:
+        """Nobody needs one here."""
+        return b""
+
     async def digests(self, offset: int, length: int) -> list[tuple[int, int | None]] | None:
         connection = self.connection
         if connection is None:
