@@ -45,7 +45,7 @@ class Backend(Protocol):
         "Block replication is not running" or "I/O error occurred"."""
 
     async def checkpoint(self) -> None:
-        """`xen-colo-do-checkpoint`: on all disks or on none."""
+        """`xen-colo-do-checkpoint`: on all disks or on none. StateError."""
 
     async def reset(self, force: bool) -> None:
         """`x-replnbd-reset`: back to stage none with empty overlays and no fence.

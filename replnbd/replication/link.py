@@ -41,6 +41,8 @@ BACK_OFF_S = (0.1, 5.0)
 """Between two attempts to connect: the first time, and at most."""
 REFUSED_S = 10.0
 """Until a target that refused is asked again."""
+CATCH_UP_S = 10.0
+"""How long a checkpoint may wait for the target, and the next command for the checkpoint."""
 FAREWELL_S = 2.0
 """How long what is on its way may take when the link ends."""
 SECTOR = 512
@@ -190,16 +192,31 @@ class Link:
                     return
                 await asyncio.sleep(0.01)  # the session is about to take note of what fell behind
 
+    @property
+    def catches_up(self) -> bool:
+        """There is a way, and something has not been sent on it."""
+        if self.state is LinkState.LIVE:
+            return self.history.map.behind > 0  # the session is about to begin
+        return self.state is LinkState.SYNCING
+
     async def wait_changed(self) -> None:
         """Until its state changes, or the reason of it."""
         self._changed.clear()
         await self._changed.wait()
 
-    async def wait_if_live(self) -> None:
-        """The same, where there is a way: that there is none is no error of a checkpoint's."""
-        if self.state is LinkState.LIVE:
+    async def wait_if_up(self) -> None:
+        """The same, where there is a way: that there is none is no error of a checkpoint's.
+        StateError if the target lacks too much to wait for: it is what the source was at no moment.
+        """
+        if self.state in (LinkState.SYNCING, LinkState.LIVE):
             try:
-                await self.wait_in_step()
+                async with asyncio.timeout(CATCH_UP_S):
+                    await self.wait_in_step()
+            except TimeoutError:
+                raise StateError(
+                    f"'{self.name}' is being synchronised: a checkpoint has to wait until its"
+                    " standby has all that it lacks"
+                ) from None
             except OSError as exc:
                 log.warning("disk %s: the standby is left behind: %s", self.name, exc.strerror)
 

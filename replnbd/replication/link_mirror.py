@@ -161,7 +161,7 @@ class LinkMirror(Job):
         """All that was written before has arrived. However errors are to be answered, one is the
         end now: a target that is gone would not let the job end ever."""
         self._check()
-        while self._link.state is LinkState.SYNCING:
+        while self._link.catches_up:
             self._wake.clear()
             await self._wake.wait()
             self._end_if_cancelled()

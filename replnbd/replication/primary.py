@@ -197,9 +197,9 @@ class PrimaryDisk:
 
     async def wait_in_step(self) -> None:
         """Until all that was written has arrived, if there is a way; a standby that cannot be
-        reached is no error of the primary's."""
+        reached is no error of the primary's, and one that lacks a lot is: StateError."""
         if self.stage is Stage.RUNNING or self.lent:
-            await self.link.wait_if_live()
+            await self.link.wait_if_up()
 
     async def close(self) -> None:
         """Make everything durable and close all, the export is gone. OSError, naming the disk."""

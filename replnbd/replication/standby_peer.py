@@ -233,7 +233,7 @@ class StandbyPeer:
     async def wait_in_step(self) -> None:
         """Until all that was written has arrived at the new standby, if there is a way to one."""
         if self.link is not None:
-            await self.link.wait_if_live()
+            await self.link.wait_if_up()
 
     async def stop_sending(self) -> None:
         """Nothing is sent any more; where, is not forgotten."""
