@@ -19,12 +19,12 @@ QEMU_DIRTY_BITMAP = "qemu:dirty-bitmap:"
 X_REPLNBD_DIGEST = "x-replnbd:digest"
 """replnbd's own: whether two disks are equal can be seen without sending the bytes.
 
-The status flags of a descriptor are BLAKE2b, digest size 8, as a big-endian number, of the bytes of
-each piece that it has when cut at the multiples of 64 KiB; by a key, if the disk has a peer: the name
-of the pair. So a descriptor of many granules says that all of them are equal, and a hole of a TiB is
-one. What is asked for from, or to, the middle of a granule is answered by digests of those pieces:
-ask in whole granules, but for the end of the export. Answers fall short after a few MiB of data, but
-end between two granules.
+The status flags of a descriptor are BLAKE2b, digest size 8, as a big-endian number, of the bytes
+of each piece that it has when cut at the multiples of 64 KiB; by a key, if the disk has a peer: the
+name of the pair. So a descriptor of many granules says that all of them are equal, and a hole of a
+TiB is one. What is asked for from, or to, the middle of a granule is answered by digests of those
+pieces: ask in whole granules, but for the end of the export. Answers fall short after a few MiB of
+data, but end between two granules.
 
 Compact headers have room for the low 32 bits only.
 """

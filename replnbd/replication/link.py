@@ -212,7 +212,10 @@ class Link:
             try:
                 async with asyncio.timeout(CATCH_UP_S):
                     await self.wait_in_step()
-            except TimeoutError:
+            except TimeoutError as exc:
+                if exc.errno is not None:  # the way was lost to a target that hangs
+                    log.warning("disk %s: the standby is left behind: %s", self.name, exc.strerror)
+                    return
                 raise StateError(
                     f"'{self.name}' is being synchronised: a checkpoint has to wait until its"
                     " standby has all that it lacks"
