@@ -5,12 +5,12 @@ The rooms of this package, top to bottom; imports point down only (`lint-imports
     cli           doors for people; each command is a thin client of control or daemon
     daemon        puts a configuration to work: nodes, exports, jobs, control, signals, shutdown
     control       QMP: wire, commands, events
-    replication   stages, the standby's disks, the group
-    jobs          backup (copy-before-write) and commit: asyncio tasks with status and progress
+    replication   stages, a standby's disks and a primary's, the link between them, the groups
+    jobs          backup (copy-before-write), commit, mirror, verify: with status and progress
     server        NBD over asyncio: batches, exports, limits, listeners
-    filters       nodes over one other node: copy-before-write, injected faults and delays
+    filters       nodes over one other node: copy-before-write, quorum, injected faults and delays
     qcow2         the image engine
-    block         the one BlockNode interface; file and memory nodes; range lock
+    block         the one BlockNode interface; file, memory and remote nodes (NBD client); range lock
     nbd           the protocol without I/O
     events, errors
 

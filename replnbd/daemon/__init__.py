@@ -2,7 +2,10 @@
 
     config.py     the TOML file, checked whole before anything is opened
     images.py     from a path and a format to a node, from a [[disk]] table to a disk
+    histories.py  where a disk's history is, and how it is opened and made
     daemon.py     Daemon: disks, exports, control; what QMP commands act on
+    side.py, primary_side.py, standby_side.py    which side of replication it is; demotion.py
+    graph.py      nodes that were added, and whose children they become
     describe.py   what status and queries tell
     standby.py    Standby: the same as a library, inside another program
     run.py        as a process: logging, signals, an orderly end

@@ -1,4 +1,4 @@
-"""Replication: the stages of a standby, its disks, and the group they form.
+"""Replication: the stages, a standby's disks and a primary's, the link between, and their groups.
 
 Words (QEMU's). The *secondary disk* receives every write of the primary. The *hidden* overlay over
 it holds the old data of what the primary has overwritten since the last checkpoint, the *active*
@@ -10,13 +10,29 @@ What holds at every moment while the stage is *running*: the secondary disk equa
 disk (every acknowledged write); the view is the secondary disk as it was at the last checkpoint,
 plus the standby's own writes since.
 
+A standby:
+
     stage.py   the stages and every transition, as data
     nodes.py   what the exports hold on to: gates, refusals, the split write of a failover
     disk.py    one disk: nodes, stage, jobs
     changes.py what has changed since the checkpoint, for dirty bitmaps
-    group.py   the commands, over all disks or none
-    journal.py what a group is, in a file, for the process after this one
+    group.py   the commands, over all disks or none (and group_steps.py)
+    journal.py what a group is, in a file (record_file.py), for the process after this one
     keeper.py  writes it
+    standby_peer.py    what its disk is to a primary, and after a failover to a standby of its own
+
+A primary:
+
+    primary.py, primary_group.py    one disk, and the commands over all
+    link.py    the way to the copy, found and lost; session.py while there is one, target.py its end
+    forwarder.py, in_flight.py    sends what is written on, and what is on its way
+    link_mirror.py    the link as a mirror job that somebody has asked for
+
+Both:
+
+    lineage.py whose data a disk has, and so which may be overwritten with which
+    history.py that, and what a peer may lack, in a file that goes with the disk
+    peer.py    what two replnbd say to each other
 """
 
 from replnbd.replication.changes import (
