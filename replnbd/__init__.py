@@ -10,7 +10,7 @@ The rooms of this package, top to bottom; imports point down only (`lint-imports
     server        NBD over asyncio: batches, exports, limits, listeners
     filters       nodes over one other node: copy-before-write, quorum, injected faults and delays
     qcow2         the image engine
-    block         the one BlockNode interface; file, memory and remote nodes (NBD client); range lock
+    block         the one BlockNode interface; files, memory, other NBD servers; range lock
     nbd           the protocol without I/O
     events, errors
 
