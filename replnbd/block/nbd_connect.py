@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -252,4 +253,7 @@ def _explained(exc: OSError) -> tuple[int, str]:
         return errno.EPROTO, f"TLS failed: {reason}"
     if isinstance(exc, socket.gaierror):
         return errno.EHOSTUNREACH, exc.strerror or str(exc)
-    return exc.errno or errno.EIO, exc.strerror or str(exc)
+    text = exc.strerror or str(exc)
+    if text.startswith("Connect call failed"):  # asyncio's words, which do not say why
+        text = os.strerror(exc.errno or errno.EIO)
+    return exc.errno or errno.EIO, text

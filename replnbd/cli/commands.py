@@ -46,7 +46,9 @@ def start(control: str, wait: bool) -> None:
     background, and what is written is sent.
     """
     with ControlClient(control) as client:
-        client.execute("xen-set-replication", enable=True, primary=_is_primary(client))
+        disks = client.execute("x-replnbd-status")["disks"]
+        if not wait or any(disk["stage"] != "running" for disk in disks):
+            client.execute("xen-set-replication", enable=True, primary=_is_primary(client))
         if wait:
             _wait_in_step(client)
         _say_stages(client)
@@ -62,9 +64,7 @@ def checkpoint(control: str) -> None:
     with ControlClient(control) as client:
         client.execute("xen-colo-do-checkpoint")
         for disk in client.execute("x-replnbd-status")["disks"]:
-            count = disk.get("checkpoints")
-            what = "has arrived" if count is None else f"checkpoint {count}"
-            click.echo(f"{disk['name']}: {disk['stage']}, {what}")
+            click.echo(f"{disk['name']}: {disk['stage']}, {_checkpoint_of(disk)}")
 
 
 @click.command()
@@ -218,6 +218,13 @@ def jobs(control: str, as_json: bool) -> None:
     with ControlClient(control) as client:
         listed = client.execute("query-jobs")
     show.json(listed) if as_json else show.jobs(listed)
+
+
+def _checkpoint_of(disk: dict[str, Any]) -> str:
+    if disk["mode"] == "secondary":
+        return f"checkpoint {disk['checkpoints']}"
+    state = disk["link"]["state"]
+    return "all has arrived" if state == "live" else f"not at the standby ({state})"
 
 
 def _is_primary(client: ControlClient) -> bool:

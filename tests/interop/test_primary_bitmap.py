@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from interop_support import run
-
 from peers import REPLNBD, NbdClient, Process, list_exports
 
 SIZE = 8 << 20
