@@ -1,13 +1,12 @@
-"""Runs a replnbd whose link is in a hurry: python hasty.py COMMAND... (replnbd's words).
+"""Runs a replnbd whose link is in a hurry: python hasty.py BYTES COMMAND... (replnbd's words).
 
 It finds its standby again, proves and asks within fractions of a second, where a replnbd that has
-a network to spare takes seconds: what a walk of a minute meets would else take an hour. With
-REPLNBD_QUEUE, so many bytes may be on their way.
+a network to spare takes seconds: what a walk of a minute meets would else take an hour. So many
+BYTES may be on their way to it.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 
 from replnbd.cli import main
@@ -27,6 +26,6 @@ if __name__ == "__main__":
         (module,) = [each for each in (link, session) if name in vars(each)]
         vars(module)[name] = value
     target.CONNECT_TIMEOUT_S = target.RESPONSE_TIMEOUT_S = 1.2
-    forwarder.QUEUE_BYTES_MAX = int(os.environ.get("REPLNBD_QUEUE", forwarder.QUEUE_BYTES_MAX))
-    sys.argv = ["replnbd", *sys.argv[1:]]
+    forwarder.QUEUE_BYTES_MAX = int(sys.argv[1])
+    sys.argv = ["replnbd", *sys.argv[2:]]
     main()

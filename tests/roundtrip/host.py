@@ -14,6 +14,9 @@ from peers.disk import DiskFormat, make_image
 
 HASTY = (sys.executable, str(Path(__file__).with_name("hasty.py")))
 
+QUEUE_BYTES = 32 << 20
+"""What a replnbd that nobody hastens allows."""
+
 BUGS = ("our bug", "Traceback", "never retrieved", "AssertionError")
 """What a log must not have."""
 
@@ -46,7 +49,7 @@ class Host:
         contents: list[bytes],
         format_: DiskFormat,
         *,
-        hasty: bool = True,
+        queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self.letter = letter
         self.mode = "secondary"
@@ -65,7 +68,7 @@ class Host:
         self.proxy = CuttingProxy(("127.0.0.1", 0), self.nbd)
         self.process: Process | None = None
         self._qmp: QmpClient | None = None
-        self._argv = HASTY if hasty else (sys.executable, "-m", "replnbd")
+        self._argv = (*HASTY, str(queue_bytes))
 
     # Section: its daemon
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from guest_model import Content, Guest, check_equal
-from host import Host
+from host import QUEUE_BYTES, Host
 from peers import wait_until
 from peers.disk import DiskFormat
 
@@ -33,15 +33,15 @@ class Pair:
         size: int = 8 << 20,
         format_: DiskFormat = "raw",
         sync: bool = False,
-        hasty: bool = True,
+        queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self.rng = rng = random.Random(seed)
         self.trace: list[str] = []
         truths = [sparse(rng, size) for _ in range(disks)]
         stale = [sparse(rng, size) if rng.random() < 0.5 else bytes(size) for _ in range(disks)]
         other: DiskFormat = format_ if rng.random() < 0.7 else "raw"
-        self.a = Host(folder, "a", truths, format_, hasty=hasty)
-        self.b = Host(folder, "b", stale, other, hasty=hasty)
+        self.a = Host(folder, "a", truths, format_, queue_bytes=queue_bytes)
+        self.b = Host(folder, "b", stale, other, queue_bytes=queue_bytes)
         self.source, self.target = self.a, self.b
         self.a.sync = sync
         self.a.to = [self.b.proxy.uri(disk.name) for disk in self.b.disks]

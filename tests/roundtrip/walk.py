@@ -8,6 +8,7 @@ from pathlib import Path
 
 from changes import SPLIT_BRAIN, Old, Takeover
 from faults import FAULTS, NETWORK, SLOW, amid_sync, none, reach
+from host import QUEUE_BYTES
 from pair import GRANULE, Pair
 from peers.disk import DiskFormat
 
@@ -28,6 +29,7 @@ def make_pair(folder: Path, seed: int) -> Pair:
         size=sectors * 512,
         format_=format_,
         sync=rng.random() < 0.3,
+        queue_bytes=rng.choice([QUEUE_BYTES, QUEUE_BYTES, 1 << 20, 200_000]),
     )
 
 
