@@ -26,13 +26,16 @@ from typing import Any, ParamSpec
 from replnbd.errors import StateError
 from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.group_steps import (
+    begin_reset,
     begin_taking_over,
     check_mode,
+    end_reset,
     end_taking_over,
     ended,
     flush_checkpoint,
     intended,
     new_generation,
+    not_sending,
     take_back,
     told,
 )
@@ -239,8 +242,9 @@ class Group:
             if self._closed:
                 raise StateError("replnbd is shutting down")
             disks = {disk.name: disk for disk in self.disks}
-            for name, uri in to.items():
-                await disks[name].replicate(uri)
+            async with not_sending([disks[name] for name in to]):
+                for name, uri in to.items():
+                    await disks[name].replicate(uri)
 
     async def wait_committed(self) -> None:
         """Wait until no commit is under way; StateError if one has failed or was cancelled."""
@@ -260,7 +264,7 @@ class Group:
         """
         async with self.keeper.turn():
             disks = self._moving(Command.RESET)
-            async with self._drained(disks):
+            async with not_sending(disks), self._drained(disks):
                 held = [] if force else [disk for disk in disks if await disk.holds_data()]
                 if held:
                     names = ", ".join(f"'{disk.name}'" for disk in held)
@@ -269,10 +273,14 @@ class Group:
                         " would lose: use force"
                     )
                 forget = force and all(disk.stage is Stage.NONE for disk in disks)
-                await self._make_empty(disks, Command.RESET)
+                await begin_reset(disks, forget=forget)
+                try:
+                    await self._make_empty(disks, Command.RESET)
+                except StateError:
+                    await end_reset(disks, happened=False)
+                    raise
+                await end_reset(disks, happened=True)
                 for disk in disks:
-                    with told(disk, f"reset the history of {disk.secondary.name}"):
-                        await disk.peer.reset(forget=forget)
                     disk.reset()
                 await self.keeper.settle()
 

@@ -7,8 +7,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from replnbd.errors import StateError
 from replnbd.jobs import Job
@@ -115,6 +115,42 @@ async def take_back(disks: Sequence[StandbyDisk]) -> None:
             except OSError as exc:
                 # The next process does, by the journal.
                 log.warning("the history of '%s': %s", disk.name, exc.strerror)
+
+
+async def begin_reset(disks: Sequence[StandbyDisk], *, forget: bool) -> None:
+    """What a reset needs of the histories, before anything has happened. StateError."""
+    try:
+        for disk in disks:
+            with told(disk, f"write the history of {disk.secondary.name}"):
+                await disk.peer.before_reset(forget=forget)
+    except StateError:
+        await end_reset(disks, happened=False)
+        raise
+
+
+async def end_reset(disks: Sequence[StandbyDisk], *, happened: bool) -> None:
+    """It has happened, or has not after all."""
+    for disk in disks:
+        try:
+            await disk.peer.end_reset(happened=happened)
+        except OSError as exc:
+            # The next source that begins does, or the next process, by the journal.
+            log.warning("the history of '%s': %s", disk.name, exc.strerror)
+
+
+@asynccontextmanager
+async def not_sending(disks: Sequence[StandbyDisk]) -> AsyncIterator[None]:
+    """Nothing is sent any more; if the block fails, all goes on. Around a drain: a link does not
+    end while its job waits for a request, which waits for the drain."""
+    sending = [disk for disk in disks if disk.peer.sending]
+    for disk in sending:
+        await disk.peer.stop_sending()
+    try:
+        yield
+    except BaseException:
+        for disk in sending:
+            disk.peer.resume()
+        raise
 
 
 async def end_taking_over(disks: Sequence[StandbyDisk]) -> None:

@@ -52,6 +52,8 @@ class HistoryRecord(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", 
     """Where the target of the pair is, if it keeps no account of its own."""
     taking_over: bool = False
     """A failover is about to happen: whether it has, the group's journal says."""
+    retracting: bool = False
+    """A reset is about to give up what the disk has taken on alone: as above."""
     syncing: bool = False
     """A standby's: it is being brought up to date, and not what its source was at any moment."""
     stage: Stage = Stage.NONE
@@ -147,11 +149,26 @@ class History:
         lineage = record.lineage
         if lineage is not None:
             lineage = lineage.back_to(record.common) if record.common is not None else None
-        await self._update(lineage=lineage, role=Role.STANDBY, to=None)
+        await self._update(
+            lineage=lineage, role=Role.STANDBY, to=None, taking_over=False, retracting=False
+        )
+
+    async def begin_retracting(self) -> None:
+        """A reset is about to happen: `retract`, once it has."""
+        await self._update(retracting=True)
+
+    async def end_retracting(self, *, happened: bool) -> None:
+        """It has happened, or has not after all."""
+        if happened:
+            await self.retract()
+        else:
+            await self._update(retracting=False)
 
     async def forget(self) -> None:
         """Whatever the disk was a copy of: it is nobody's now."""
-        await self._update(lineage=None, common=None, pair=None, foreign=None, syncing=False)
+        await self._update(
+            lineage=None, common=None, pair=None, foreign=None, syncing=False, taking_over=False
+        )
 
     async def begin_pair(self, foreign: str | None) -> None:
         """As a source: everything is to be compared with a target, of a pair from now on."""

@@ -23,11 +23,15 @@ from __future__ import annotations
 
 import secrets
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
 ANCESTORS_MAX = 64
 """A disk that has changed sides more often since it last met its peer is a stranger to it."""
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+"""Of a generation, a pair or a session; a peer's may be anything, so it is bounded."""
 
 
 class Plan(StrEnum):
@@ -42,8 +46,8 @@ class Plan(StrEnum):
 class Lineage(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", frozen=True):
     """A generation and its ancestors, newest first."""
 
-    generation: str
-    ancestors: tuple[str, ...] = ()
+    generation: Name
+    ancestors: Annotated[tuple[Name, ...], msgspec.Meta(max_length=ANCESTORS_MAX)] = ()
 
     def step(self, generation: str | None = None) -> Lineage:
         """What it is after going on alone."""
@@ -63,7 +67,7 @@ class Claim(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", frozen=T
     """What a side says of its disk; without a lineage it never had a peer."""
 
     lineage: Lineage | None = None
-    pair: str | None = None
+    pair: Name | None = None
 
 
 OUTDATED = (

@@ -23,7 +23,7 @@ import msgspec
 from replnbd.block import BlockNode, Buffer, Extent
 from replnbd.errors import StateError
 from replnbd.nbd import QEMU_DIRTY_BITMAP
-from replnbd.replication.lineage import Claim, Lineage, Plan
+from replnbd.replication.lineage import Claim, Lineage, Name, Plan
 
 EXPORT_PREFIX = "x-replnbd/"
 NODE_BYTES = 64 << 10
@@ -39,6 +39,9 @@ def peer_export(name: str) -> str:
 
 
 VERSION = 1
+
+# The last two: of text that is not UTF-8, and of deep nesting, even where nobody looks at it.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class PeerState(msgspec.Struct, forbid_unknown_fields=False, rename="kebab", kw_only=True):
@@ -59,7 +62,7 @@ class PeerState(msgspec.Struct, forbid_unknown_fields=False, rename="kebab", kw_
 class Enter(msgspec.Struct, tag="enter", tag_field="say", rename="kebab", kw_only=True):
     """The source has a new session, of that name."""
 
-    session: str
+    session: Name
 
 
 class Begin(msgspec.Struct, tag="begin", tag_field="say", rename="kebab", kw_only=True):
@@ -68,7 +71,7 @@ class Begin(msgspec.Struct, tag="begin", tag_field="say", rename="kebab", kw_onl
     claim: Claim
     """The source's; its pair is the target's from then on."""
     plan: Plan
-    session: str | None = None
+    session: Name | None = None
     """None: only to have it refused."""
 
 
@@ -76,7 +79,7 @@ class End(msgspec.Struct, tag="end", tag_field="say", rename="kebab", kw_only=Tr
     """The target is a copy of a source of that lineage."""
 
     lineage: Lineage
-    session: str | None = None
+    session: Name | None = None
 
 
 class Target(Protocol):
@@ -117,7 +120,7 @@ class PeerNode(BlockNode):
             raise OSError(errno.EINVAL, f"a message begins at offset 0, not {offset}")
         try:
             message = msgspec.json.decode(bytes(data).rstrip(b"\0"), type=Enter | Begin | End)
-        except msgspec.DecodeError as exc:
+        except _UNREADABLE as exc:
             raise OSError(errno.EINVAL, f"not a message of replnbd: {exc}") from exc
         try:
             await self._take(message)
@@ -164,7 +167,7 @@ def decode_state(data: bytes | bytearray) -> PeerState:
     """What a target says it is. ValueError, in one line, if that is no such thing."""
     try:
         state = msgspec.json.decode(bytes(data).rstrip(b"\0"), type=PeerState)
-    except msgspec.DecodeError as exc:
+    except _UNREADABLE as exc:
         raise ValueError(f"the peer's state cannot be read: {exc}") from exc
     if state.version != VERSION:
         raise ValueError(f"the peer speaks version {state.version} of a later replnbd")

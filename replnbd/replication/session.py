@@ -211,8 +211,11 @@ class Session:
                 if self._history.map.unproven:
                     await self._forwarder.prove()
                 if self._peer is not None and loop.time() - asked >= HEARTBEAT_S:
+                    agreed = self._agreed
                     state = await ask(self._peer)
                     asked = loop.time()
+                    if agreed not in (None, state.claim.lineage) and self._agreed is agreed:
+                        raise OSError(errno.ESTALE, "the standby is not this disk's copy any more")
                     if state.fenced:
                         raise OSError(errno.ESHUTDOWN, OUTDATED)
         except (OSError, ProtocolError, ValueError) as exc:

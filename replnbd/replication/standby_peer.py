@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from typing import NoReturn, Protocol
 
 from replnbd.block import BlockNode, OverlayNode, RangeLock
-from replnbd.errors import StateError
+from replnbd.errors import ReplnbdError, StateError
 from replnbd.events import EventBus
 from replnbd.filters import QuorumNode
 from replnbd.jobs import Job, JobRegistry
@@ -23,6 +23,7 @@ from replnbd.replication.history import History
 from replnbd.replication.lineage import OUTDATED, STRANGERS, Claim, Lineage, Plan, plan
 from replnbd.replication.link import Link
 from replnbd.replication.peer import PeerState
+from replnbd.replication.session import LinkState
 from replnbd.replication.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class StandbyPeer:
         """Once the disk has taken over."""
         self.refused: str | None = None
         """Why a source was refused last, until one is not."""
+        self._begun: Claim | None = None
+        """What the source said of its disk when it began, in this process."""
         self.turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
         self.drop_sources: Callable[[], Awaitable[None]] = _nobody
         """Ends the connections of sources to the disk; nothing of theirs is under way then."""
@@ -84,6 +87,11 @@ class StandbyPeer:
         """Whether a source is bringing the disk up to date: it is not what the source was at any
         moment."""
         return self.history is not None and self.history.record.syncing
+
+    @property
+    def sending(self) -> bool:
+        """Whether this disk is a source, or looks for a standby."""
+        return self.link is not None and self.link.state is not LinkState.OFF
 
     @property
     def job(self) -> Job | None:
@@ -124,14 +132,21 @@ class StandbyPeer:
     async def end_sync(self, lineage: Lineage) -> None:
         """See `peer.Target`."""
         async with self.turn():
-            if self.history is None or not self.syncing:
+            begun = self._begun
+            if self.history is None or begun is None or not self.syncing:
                 raise StateError(f"no synchronisation of '{self._name}' has begun")
-            await self.history.end_following(lineage)
+            began_as = None if begun.lineage is None else begun.lineage.generation
+            if began_as not in (None, lineage.generation, *lineage.ancestors):
+                raise StateError(f"the synchronisation of '{self._name}' is another source's")
+            with self._recorded():
+                await self.history.end_following(lineage)
+            self._begun = None
             self._tell_syncing(False)
 
     async def _begin_sync(self, claim: Claim, begin: Plan) -> None:
         if self._disk.suspended is not None:
             raise StateError(self._disk.suspended)
+        await self._retract_late()
         decided = plan(claim, self.claim)
         if self._disk.promoted and decided in (Plan.FULL, Plan.INCREMENTAL, STRANGERS):
             decided = OUTDATED
@@ -142,12 +157,19 @@ class StandbyPeer:
         self.refused = None
         history = await self._require_history()
         was_syncing = history.record.syncing
-        assert claim.pair is not None
-        await history.begin_following(claim.pair)
+        with self._recorded():
+            await history.begin_following(claim.pair)
+        self._begun = claim
         if not was_syncing:
             self._tell_syncing(True)
 
-    def _refuse(self, reason: str) -> None:
+    async def _retract_late(self) -> None:
+        """What a reset could not record."""
+        if self.history is not None and self.history.record.retracting:
+            with self._recorded():
+                await self.history.end_retracting(happened=not self._disk.promoted)
+
+    def _refuse(self, reason: str) -> NoReturn:
         if reason != self.refused:
             log.warning("disk %s: a primary is refused: %s", self._name, reason)
             self._bus.emit("x-replnbd-refused", device=self._name, reason=reason)
@@ -189,6 +211,8 @@ class StandbyPeer:
             return
         if history.record.taking_over:
             await history.end_taking_over(happened=promoted)
+        if history.record.retracting:
+            await history.end_retracting(happened=not promoted)
         if promoted and (history.record.pair is not None or history.record.to is not None):
             self._follow_writes(history)
 
@@ -216,10 +240,8 @@ class StandbyPeer:
         """Send to the standby at `to` from now on: the disk has taken over, and all is committed.
         StateError if it cannot be. The caller has this disk drained, and sets its targets."""
         history = await self._require_history()
-        try:
+        with self._recorded():
             await history.set_target(to)
-        except OSError as exc:
-            raise StateError(f"cannot write the history of '{self._name}': {exc.strerror}") from exc
         link = self._follow_writes(history)
         await link.stop()
         link.start(to)
@@ -227,7 +249,9 @@ class StandbyPeer:
     def resume(self) -> None:
         """All is committed: go on sending to where the last process did."""
         link, history = self.link, self.history
-        if link is not None and history is not None and history.record.to is not None:
+        if link is None or history is None or self.sending:
+            return
+        if history.record.to is not None:
             link.start(history.record.to)
 
     async def wait_in_step(self) -> None:
@@ -240,22 +264,41 @@ class StandbyPeer:
         if self.link is not None:
             await self.link.stop()
 
-    async def reset(self, *, forget: bool) -> None:
+    # Section: a reset
+
+    async def before_reset(self, *, forget: bool) -> None:
         """A standby again, that any side may overwrite with which it was in step once; `forget`:
-        any side at all. OSError."""
-        await self.stop_sending()
-        self.link = None
-        self.refused = None
-        if self.history is not None:
-            if forget:
-                await self.history.forget()
-            else:
-                await self.history.retract()
+        any side at all. Whether a disk that has taken over is one, the group decides. OSError."""
+        history = self.history
+        if history is None:
+            return
+        if forget:
+            await history.forget()
+        elif self._disk.promoted:
+            await history.begin_retracting()
+        else:
+            await history.retract()
+
+    async def end_reset(self, *, happened: bool) -> None:
+        """It has happened, or has not after all. OSError: that will be recorded later."""
+        if happened:
+            self.link = None
+            self.refused = None
+        if self.history is not None and self.history.record.retracting:
+            await self.history.end_retracting(happened=happened)
 
     async def close(self, *, in_order: bool) -> None:
         """The disk is closed; `in_order`: and has been flushed. OSError."""
         if self.history is not None:
             await (self.history.close() if in_order else self.history.abandon())
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """An OSError within the block becomes a StateError."""
+        try:
+            yield
+        except OSError as exc:
+            raise StateError(f"cannot write the history of '{self._name}': {exc.strerror}") from exc
 
     async def _require_history(self) -> History:
         if self.history is None:
@@ -263,10 +306,9 @@ class StandbyPeer:
                 raise StateError(f"'{self._name}' keeps no history of what it is a copy of")
             try:
                 self.history = await self._make_history()
-            except OSError as exc:
-                raise StateError(
-                    f"cannot make the history of '{self._name}': {exc.strerror}"
-                ) from exc
+            except (OSError, ReplnbdError) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+                raise StateError(f"cannot make the history of '{self._name}': {reason}") from exc
         return self.history
 
 
