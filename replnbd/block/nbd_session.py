@@ -16,6 +16,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
+import struct
 from collections.abc import Callable
 
 from replnbd.block.node import Buffer
@@ -39,6 +41,7 @@ OWN_WRITE_MIN = 32 << 10
 """A payload from here on is a write of its own, and not moved into the batch."""
 
 _TICKS = 4  # of the watch, in one timeout
+_LINGER_0_S = struct.pack("ii", 1, 0)
 _SIGN_OF_LIFE_BYTES = 4096  # received in a tick
 _PROGRESS_BYTES = 64 << 10  # sent in a tick: a large payload on a slow line is no silence
 
@@ -156,6 +159,8 @@ class NbdSession(asyncio.BufferedProtocol):
         self._watch.cancel()
         self._batch = bytearray()
         if not self._replies.shutting_down:
+            if self._replies.pending:
+                _forget_unsent(self._transport)
             self._transport.abort()
         self._replies.end(reason)
         self._tell_owner()
@@ -314,3 +319,11 @@ class NbdSession(asyncio.BufferedProtocol):
     def _flush(self) -> None:
         self._flush_scheduled = False
         self._write_batch()
+
+
+def _forget_unsent(transport: asyncio.Transport) -> None:
+    """TCP would go on sending for a quarter of an hour, to a server whose next session has begun.
+    With a linger of 0 it forgets what it has, and says so by a RST."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0_S)
