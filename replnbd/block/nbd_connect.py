@@ -147,8 +147,11 @@ async def _connect(
     try:
         sock.setblocking(False)
         await loop.sock_connect(sock, address)
-    except BaseException:
+    except BaseException as exc:
         sock.close()
+        if isinstance(exc, OSError) and exc.errno is not None:
+            # asyncio's own text has the address, and not the reason.
+            raise OSError(exc.errno, os.strerror(exc.errno)) from exc
         raise
     return sock
 
