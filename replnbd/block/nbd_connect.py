@@ -256,7 +256,4 @@ def _explained(exc: OSError) -> tuple[int, str]:
         return errno.EPROTO, f"TLS failed: {reason}"
     if isinstance(exc, socket.gaierror):
         return errno.EHOSTUNREACH, exc.strerror or str(exc)
-    text = exc.strerror or str(exc)
-    if text.startswith("Connect call failed"):  # asyncio's words, which do not say why
-        text = os.strerror(exc.errno or errno.EIO)
-    return exc.errno or errno.EIO, text
+    return exc.errno or errno.EIO, exc.strerror or str(exc)

@@ -8,8 +8,9 @@ from replnbd.block import FileNode
 from replnbd.block.directory import new_file
 from replnbd.daemon.config import DiskConfig
 from replnbd.daemon.recovery import boot_id
+from replnbd.qcow2 import LastEnd
 from replnbd.replication import History, Role
-from replnbd.replication.history import SUFFIX, file_bytes, read_role
+from replnbd.replication.history import SUFFIX, HistoryRecord, file_bytes, read_record
 
 
 def history_path(config: DiskConfig) -> str:
@@ -45,13 +46,28 @@ async def make_history(config: DiskConfig, size: int, role: Role) -> History:
 
 
 async def role_of(config: DiskConfig) -> Role | None:
-    """What a disk was to its peer last; None if it has no history."""
+    """What a disk was to its peer last; None if it has no history. ConfigError, ImageError."""
+    record = await _read_record(config)
+    return None if record is None else record.role
+
+
+async def last_end_of(config: DiskConfig) -> LastEnd | None:
+    """How the last process that had a disk ended; None if it has no history, as above."""
+    record = await _read_record(config)
+    if record is None:
+        return None
+    if record.orderly:
+        return LastEnd.ORDERLY
+    return LastEnd.PROCESS_DEATH if record.boot == boot_id() else LastEnd.POWER_FAILURE
+
+
+async def _read_record(config: DiskConfig) -> HistoryRecord | None:
     path = _existing_history(config)
     if path is None:
         return None
     file = FileNode.open(path, read_only=True, lock=False)
     try:
-        return await read_role(file)
+        return await read_record(file)
     finally:
         await file.close()
 

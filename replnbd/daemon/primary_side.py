@@ -11,7 +11,7 @@ from replnbd.block import BlockNode
 from replnbd.daemon.config import DiskConfig
 from replnbd.daemon.demotion import forget_standby
 from replnbd.daemon.describe import primary_nodes, primary_status
-from replnbd.daemon.histories import history_path, make_history, open_history
+from replnbd.daemon.histories import history_path, last_end_of, make_history, open_history
 from replnbd.daemon.images import check_sectors, open_image
 from replnbd.daemon.quorum import PrimaryQuorum
 from replnbd.daemon.side import Services, Side
@@ -114,7 +114,12 @@ class PrimarySide(Side):
 
     async def _open_disk(self, config: DiskConfig, created: list[str]) -> PrimaryDisk:
         assert config.disk is not None
-        node = await open_image(config.disk, format=config.format, name=f"{config.name}-disk")
+        node = await open_image(
+            config.disk,
+            format=config.format,
+            name=f"{config.name}-disk",
+            last_end=await last_end_of(config),
+        )
         try:
             check_sectors(config.disk, node.size)
             history = await self._open_history(config, node.size, created)

@@ -67,10 +67,9 @@ def file_bytes(size: int) -> int:
     return MAP_START + -(-size // GRANULE)
 
 
-async def read_role(file: BlockNode) -> Role | None:
-    """What a disk was to its peer last; None in a new file. ImageError, OSError."""
-    record = await RecordFile(file, HistoryRecord, _MAGIC, "history").load()
-    return None if record is None else record.role
+async def read_record(file: BlockNode) -> HistoryRecord | None:
+    """What the last process said of a disk; None in a new file. ImageError, OSError."""
+    return await RecordFile(file, HistoryRecord, _MAGIC, "history").load()
 
 
 class History:
