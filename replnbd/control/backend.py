@@ -140,7 +140,8 @@ class Backend(Protocol):
         a non-negative value"; StateError if these nodes cannot be mirrored, or not now."""
 
     async def add_child(self, parent: str, node: str) -> None:
-        """`x-blockdev-change`: give `parent` the child `node`; `block_nodes` lists both.
+        """`x-blockdev-change`: give `parent` the child `node`; `block_nodes` lists both. May wait
+        until it is known whether that can be reached: StateError or ConfigError if not.
         StateError "The node x does not support adding a child", "The node x already has a
         parent"."""
 
@@ -153,7 +154,8 @@ class Backend(Protocol):
         """`query-yank`: names of the nodes that `yank` takes."""
 
     def yank(self, node_name: str) -> None:
-        """Cut the node's connection now, whatever waits for it: that fails. Never waits."""
+        """Cut the node's connection now, whatever waits for it: that fails. It is not connected to
+        again until it is used anew. Never waits."""
 
     # Section: the end
 
