@@ -61,6 +61,8 @@ class DirtyMap:
         """Granules that are BEHIND."""
         self.writes = 0
         """How many have been announced (`mark`)."""
+        self.late: set[int] = set()
+        """Granules that stay marked whatever is proven: the copy may change there yet."""
         self.proofs = 0
         """How often something has become CLEAN."""
         self._file = file
@@ -226,8 +228,10 @@ class DirtyMap:
         if self._waiting:
             return  # another time
         self.proofs += 1
-        states = self.states
-        for first, count in _runs(sorted(g for g in granules if states[g] == SENT)):
+        states, late = self.states, self.late
+        for first, count in _runs(
+            sorted(g for g in granules if states[g] == SENT and g not in late)
+        ):
             if not self._unmark(first, count):
                 return
             states[first : first + count] = bytes(count)
@@ -239,7 +243,8 @@ class DirtyMap:
         first = offset >> GRANULE_BITS
         count = ((offset + length - 1) >> GRANULE_BITS) + 1 - first
         assert self.states[first : first + count].count(BEHIND) == count
-        if self._waiting or not self._unmark(first, count):
+        doubtful = bool(self.late) and not self.late.isdisjoint(range(first, first + count))
+        if self._waiting or doubtful or not self._unmark(first, count):
             return self.take(offset, length)
         self.proofs += 1
         self.behind -= count

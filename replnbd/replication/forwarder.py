@@ -76,9 +76,6 @@ class Forwarder:
         self._lossy = False
         """Whether the copy lacks something that clients were told is written."""
         self._in_flight = InFlight()
-        self._late: set[int] = set()
-        """Granules of what other connections have sent, and no answer came for: a server may do it
-        yet, after what this one sends. They stay marked, until `copy_late`."""
         self._flushing = False
         self._flush_again = False
 
@@ -112,7 +109,7 @@ class Forwarder:
 
     def copy_late(self) -> None:
         """By now a server has done what it was sent on other connections, or never will."""
-        late, self._late = self._late, set()
+        late, self.dirty.late = self.dirty.late, set()
         for granule in late:
             self._fall_behind(granule * GRANULE, 1)
 
@@ -122,7 +119,7 @@ class Forwarder:
             connection = self.connection
             if connection is None:
                 raise _no_way()
-            granules = self.dirty.turn() - self._late
+            granules = self.dirty.turn()
             self._ended.append(self._epoch)
             self._epoch = Epoch()
             # Their granules are among these; who waited for them first may have been cancelled.
@@ -355,7 +352,8 @@ class Forwarder:
     ) -> None:
         in_flight.remove(offset, length)
         if failure is not None and (self.connection is None or self.connection.closed):
-            self._late.update(range(offset // GRANULE, (offset + length - 1) // GRANULE + 1))
+            # A server may do it yet, after what the next connection sends.
+            self.dirty.late.update(range(offset // GRANULE, (offset + length - 1) // GRANULE + 1))
 
     def _flush_copy(self, connection: NbdConnection) -> None:
         self._flushing, self._flush_again = True, False

@@ -51,6 +51,8 @@ class Remote:
     def __init__(self, size: int) -> None:
         self.data = bytearray(size)
         self.durable = bytearray(size)
+        self.late: list[Request] = []
+        """Of connections that have ended: what may land yet."""
 
     def land(self, request: Request) -> None:
         """Do it, and do not answer yet."""
@@ -160,7 +162,9 @@ class FakeConnection:
             in_order = not self.ours or not any(
                 request.overlaps(each) and not each.landed for each in before
             )
-            if not request.landed and in_order and self.rng.random() < 0.5:
+            if not request.landed and not self.ours and self.rng.random() < 0.4:
+                self.remote.late.append(request)
+            elif not request.landed and in_order and self.rng.random() < 0.5:
                 if self.rng.random() < 0.2:
                     self._land_in_part(request)
                 else:
@@ -274,6 +278,16 @@ class World:
         return task
 
     # Section: the way
+
+    def land_late(self, *, all_of_it: bool = False) -> None:
+        """Something that an earlier connection has sent; or all, and it is known that it is."""
+        late = self.remote.late
+        while late:
+            self.remote.land(late.pop(self.rng.randrange(len(late))))
+            if not all_of_it:
+                return
+        if all_of_it:
+            self.forwarder.copy_late()
 
     def connect(self, **kwargs: int) -> FakeConnection:
         self.connection = connection = FakeConnection(

@@ -91,6 +91,9 @@ class Walk(World):
         else:
             self.fault.heal()
 
+    def late(self) -> None:
+        self.land_late(all_of_it=self.rng.random() < 0.3)
+
     def steps(self) -> None:
         for _ in range(self.rng.randrange(8)):
             if self.connection is not None:
@@ -99,7 +102,8 @@ class Walk(World):
     async def run(self, count: int) -> None:
         actions: list[Callable[[], None]] = [
             self.write, self.write, self.write, self.zero, self.flush, self.prove, self.steps,
-            self.steps, self.steps, self.come_and_go, self.work, self.hurt, self.cancel_something,
+            self.steps, self.steps, self.late, self.come_and_go, self.work, self.hurt,
+            self.cancel_something,
         ]  # fmt: skip
         for _ in range(count):
             self.rng.choice(actions)()
@@ -123,6 +127,7 @@ class Walk(World):
         if self.connection is None:
             self.connect()
         self.forwarder.go_on()
+        self.land_late(all_of_it=True)
         while self.dirty.behind:
             self.mirror()
             await self.settle()
@@ -402,3 +407,24 @@ def test_the_fake_keeps_order_only_where_a_replnbd_does() -> None:
 
     assert asyncio.run(orders(True)) == {b"b"}
     assert asyncio.run(orders(False)) == {b"a", b"b"}
+
+
+async def test_what_may_land_late_stays_marked_even_where_both_are_equal_now() -> None:
+    world = World(5, ours=False, slowness=0.0)
+    world.connect().digests_known = True
+    await world.gate.pwrite(0, b"x" * 4096)
+    world.remote.late = [*world.connection.pending] if world.connection is not None else []
+    assert len(world.remote.late) == 1
+    for request in world.remote.late:
+        request.landed = True  # as far as the end of the session is concerned
+    world.lose()
+    await world.gate.write_zeroes(0, 4096)
+    world.connect().digests_known = True
+    world.mirror()
+    await world.settle()
+    world.land_late()
+    world.check()
+    world.land_late(all_of_it=True)
+    world.mirror()
+    await world.settle()
+    assert world.local.data == world.remote.data
