@@ -159,7 +159,8 @@ class Group:
         disk that has taken over: until its new standby has what was written, as a primary's."""
         async with self.keeper.turn():
             disks = self._moving(Command.CHECKPOINT)
-            await asyncio.gather(*(disk.peer.wait_in_step() for disk in self.disks))
+            if sources := [disk.peer for disk in self.disks if disk.peer.sending]:
+                await asyncio.gather(*(peer.wait_in_step() for peer in sources))
             for disk in disks:
                 disk.peer.check_in_step("a checkpoint")
             await flush_checkpoint(disks)  # most of it, before anybody has to wait
