@@ -10,12 +10,15 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import pytest
+
 from replnbd.block import Buffer, DirtyMap, MemoryNode, NbdConnection, PassThrough, RangeLock
 from replnbd.block.digest import GRANULE, digest_of, digest_of_zeroes
 from replnbd.events import EventBus
 from replnbd.filters import FaultNode, QuorumNode
-from replnbd.jobs import MirrorJob
+from replnbd.jobs import MirrorJob, mirror
 from replnbd.nbd import constants as c
+from replnbd.replication import forwarder as forwarder_module
 from replnbd.replication.forwarder import Forwarder
 from replnbd.replication.nodes import GateNode
 
@@ -23,6 +26,15 @@ Done = Callable[[OSError | None], None]
 
 STATUS = -1
 """A request for digests."""
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that a disk of a few granules reaches."""
+    monkeypatch.setattr(mirror, "CHUNK", 2 * GRANULE)
+    monkeypatch.setattr(mirror, "CHUNKS_MAX", 3)
+    monkeypatch.setattr(forwarder_module, "QUEUE_BYTES_MAX", 3 * GRANULE)
+    monkeypatch.setattr(forwarder_module, "UNPROVEN_MAX", 8)
+    monkeypatch.setattr(forwarder_module, "CLEARED_MAX", 2)
 
 
 @dataclass
