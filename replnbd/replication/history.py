@@ -196,9 +196,9 @@ class History:
             await self._update(common=lineage.generation)
         return lineage
 
-    async def set_role(self, role: Role) -> None:
-        """What the disk is to its peer from now on."""
-        await self._update(role=role)
+    async def demote(self) -> None:
+        """A primary's: this is a standby's from now on."""
+        await self._update(stage=Stage.NONE, role=Role.STANDBY)
 
     async def set_stage(self, stage: Stage) -> None:
         """Where a primary stands."""

@@ -27,7 +27,7 @@ from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.filters import QuorumNode
 from replnbd.jobs import Job, JobRegistry
-from replnbd.replication.history import History, Role
+from replnbd.replication.history import History
 from replnbd.replication.lineage import TWO_PRIMARIES, Claim, Lineage, Plan
 from replnbd.replication.link import Link
 from replnbd.replication.nodes import GateNode
@@ -186,9 +186,9 @@ class PrimaryDisk:
         """This disk is a standby's from now on. StateError if that cannot be recorded."""
         await self.link.stop()
         try:
-            await self.history.set_stage(Stage.NONE)
-            await self.history.set_role(Role.STANDBY)
+            await self.history.demote()
         except OSError as exc:
+            self.resume()
             raise StateError(f"cannot write the history of '{self.name}': {exc.strerror}") from exc
 
     async def forget(self) -> None:

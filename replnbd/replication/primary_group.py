@@ -111,13 +111,26 @@ class PrimaryGroup:
                 await disk.stop(Stage.DONE)
 
     def _moving(self, command: Command, mode: str) -> list[PrimaryDisk]:
-        """The disks that `command` moves on; those that ignore it are left out."""
+        """The disks that `command` moves on; those that ignore it are left out.
+
+        So are those that have moved on already, if a process has died amid a start or a stop: or
+        no command would ever fit the stages of all of them again."""
         if self._closed:
             raise StateError("replnbd is shutting down")
-        moving = []
+        torn = command is not Command.RESET and len({disk.stage for disk in self.disks}) > 1
+        moving: list[PrimaryDisk] = []
+        refusals: list[StateError] = []
         for disk in reversed(self.disks):  # QEMU's order
-            if disk.next_stage(command) is None:
+            try:
+                if disk.next_stage(command) is None:
+                    continue
+            except StateError as exc:
+                if disk.lent or not torn:
+                    raise
+                refusals.append(exc)
                 continue
             check_mode(disk.mode, mode)
             moving.append(disk)
+        if refusals and not moving:
+            raise refusals[0]
         return moving

@@ -56,7 +56,7 @@ METHODS: dict[str, Callable[[History], Awaitable[object]]] = {
     "begin_following": lambda h: h.begin_following("pair"),
     "end_following": lambda h: h.end_following(Lineage("g", ("f",))),
     "in_step": lambda h: h.in_step(),
-    "set_role": lambda h: h.set_role(Role.STANDBY),
+    "demote": lambda h: h.demote(),
     "set_stage": lambda h: h.set_stage(Stage.RUNNING),
     "set_target": lambda h: h.set_target("nbd://there"),
     "close": lambda h: h.close(),

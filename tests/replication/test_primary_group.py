@@ -1,0 +1,119 @@
+"""The commands over several primaries, where a process has died amid one of them."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from replnbd.block import MemoryNode
+from replnbd.errors import StateError
+from replnbd.events import EventBus
+from replnbd.filters import FaultNode
+from replnbd.jobs import JobRegistry
+from replnbd.replication import History, PrimaryDisk, PrimaryGroup, Role, Stage
+from replnbd.replication.session import LinkState
+
+SIZE = 1 << 20
+NOWHERE = "nbd://127.0.0.1:1/none"
+
+
+async def primaries(*stages: Stage) -> tuple[PrimaryGroup, list[FaultNode]]:
+    """A group whose disks were found in these stages."""
+    disks, files = [], []
+    for number, stage in enumerate(stages):
+        file = FaultNode(f"history{number}", MemoryNode())
+        history = await History.open(file, SIZE, "boot", Role.PRIMARY)
+        await history.set_stage(stage)
+        disk = PrimaryDisk(
+            f"d{number}", MemoryNode(SIZE), history, NOWHERE, bus=EventBus(), jobs=JobRegistry()
+        )
+        disk.resume()
+        disks.append(disk)
+        files.append(file)
+    return PrimaryGroup(disks), files
+
+
+def stages(group: PrimaryGroup) -> list[str]:
+    for disk in group.disks:
+        assert disk.history.record.stage is disk.stage
+        assert (disk.link.state is not LinkState.OFF) is (disk.stage is Stage.RUNNING)
+    return [disk.stage.value for disk in group.disks]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+async def test_a_start_that_was_cut_short_can_be_ended(reverse: bool) -> None:
+    found = [Stage.RUNNING, Stage.NONE, Stage.RUNNING]
+    group, _ = await primaries(*(reversed(found[:2]) if reverse else found))
+    await group.start()
+    assert set(stages(group)) == {"running"}
+    with pytest.raises(StateError, match="running or done"):
+        await group.start()
+    await group.close()
+
+
+@pytest.mark.parametrize("found", [(Stage.RUNNING, Stage.DONE), (Stage.DONE, Stage.RUNNING)])
+async def test_a_stop_that_was_cut_short_can_be_ended(found: tuple[Stage, Stage]) -> None:
+    group, _ = await primaries(*found)
+    with pytest.raises(StateError, match="not possible in stage 'running'"):
+        await group.reset()
+    await group.stop()
+    assert stages(group) == ["done", "done"]
+    await group.reset()
+    assert stages(group) == ["none", "none"]
+    await group.close()
+
+
+async def test_a_start_that_was_cut_short_can_be_taken_back() -> None:
+    group, _ = await primaries(Stage.NONE, Stage.RUNNING)
+    await group.stop()
+    assert stages(group) == ["none", "done"]
+    with pytest.raises(StateError, match="not running"):
+        await group.stop()
+    await group.reset()
+    assert stages(group) == ["none", "none"]
+    await group.close()
+
+
+async def test_a_group_of_one_mind_gets_qemus_errors() -> None:
+    group, _ = await primaries(Stage.RUNNING, Stage.RUNNING)
+    with pytest.raises(StateError, match="running or done"):
+        await group.start()
+    assert stages(group) == ["running", "running"]
+    await group.stop()
+    await group.start()  # ignored, as QEMU does
+    assert stages(group) == ["done", "done"]
+    await group.close()
+
+
+async def test_a_start_that_cannot_be_recorded_starts_none() -> None:
+    group, files = await primaries(Stage.NONE, Stage.NONE)
+    files[0].fail("pwrite", errno.ENOSPC)  # the second one, in QEMU's order
+    with pytest.raises(StateError, match="history of 'd0'"):
+        await group.start()
+    files[0].heal()
+    assert stages(group) == ["none", "none"]
+    await group.start()
+    assert stages(group) == ["running", "running"]
+    await group.close()
+
+
+async def test_a_demotion_that_cannot_be_recorded_lets_the_link_go_on() -> None:
+    group, files = await primaries(Stage.RUNNING)
+    files[0].fail("pwrite", errno.EIO)
+    with pytest.raises(StateError, match="history of 'd0'"):
+        await group.demote()
+    files[0].heal()
+    assert stages(group) == ["running"]
+    assert group.disks[0].history.record.role is Role.PRIMARY
+    await group.close()
+
+
+async def test_a_write_without_a_standby_is_marked_and_is_no_error() -> None:
+    group, _ = await primaries(Stage.RUNNING)
+    disk = group.disks[0]
+    await disk.node.pwrite(70_000, b"x" * 512)
+    assert list(disk.history.map.states[:3]) == [0, 3, 0]
+    await group.stop()
+    assert disk.replication_error is None
+    await group.close()
