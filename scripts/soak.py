@@ -109,8 +109,9 @@ def main() -> int:
     """Run as many of each kind as asked for; 1 if one went wrong."""
     parser = argparse.ArgumentParser("scripts/soak", "scripts/soak [options]", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    counts_wanted = {"deaths": 10_000, "failures": 2_000, "power": 10_000, "kills": 200}
-    counts_wanted["roundtrips"] = 200
+    counts_wanted = {
+        "deaths": 10_000, "failures": 2_000, "power": 10_000, "kills": 200, "roundtrips": 200,
+    }  # fmt: skip
     for kind, count in counts_wanted.items():
         parser.add_argument(f"--{kind}", type=int, default=count, help=f"so many ({count})")
     parser.add_argument("--seed", type=int, help="the first seed (by default, another each time)")

@@ -154,6 +154,12 @@ class Pair:
         self.guests_ended()
         self.start_source()
 
+    def restart_links(self) -> None:
+        """Of a source that has taken over: send to the target anew."""
+        for disk, theirs in zip(self.source.disks, self.target.disks, strict=True):
+            to = self.target.proxy.uri(theirs.name)
+            self.source.qmp.execute("x-replnbd-replicate", {"to": to, "device": disk.name})
+
     def restart_target(self) -> None:
         """In order."""
         self.target.quit()

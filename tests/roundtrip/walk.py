@@ -73,6 +73,7 @@ class Walk:
     def steps(self) -> list[Step]:
         """What may come next, as often as it is likely."""
         steps: list[Step] = [Walk.load, Walk.resync, Walk.calm_resync, *[Walk.fault] * 3]
+        steps += [Walk.pause, Walk.verify]
         if not self.pair.started:
             return [*steps, *[Walk.begin] * 3]
         return [*steps, Walk.write_view, *[Walk.checkpoint] * 2, *[Walk.fail_over] * 3]
@@ -152,6 +153,38 @@ class Walk:
                 copied = link["copied-bytes"] - before[number]
                 assert copied <= differing[number] * GRANULE, (copied, differing[number])
         pair.compare()
+
+    def pause(self) -> None:
+        """By command: nothing is sent for a while."""
+        pair = self.pair
+        pair.heal()
+        pair.start_guests()
+        if pair.source.role == "primary":
+            pair.source.qmp.execute("xen-set-replication", {"enable": False, "primary": True})
+            pair.run_for(self.rng.randint(0, 40))
+            if self.rng.random() < 0.3:
+                self.rng.choice([pair.kill_source, pair.restart_source])()
+            pair.start_guests()
+            pair.check_views()
+            pair.source.qmp.execute("x-replnbd-reset")
+            pair.source.begin()
+        else:
+            pair.restart_links()
+        amid_sync(pair, *self._parts())
+        pair.start_guests()
+        pair.compare()
+
+    def verify(self) -> None:
+        """Two that are in step are equal, also while guests write."""
+        pair = self.pair
+        pair.heal()
+        pair.start_guests()
+        pair.compare()
+        if pair.source.role != "primary":
+            return
+        pair.source.qmp.execute("x-replnbd-verify")
+        pair.wait_links(lambda link: link["verified"] is not None, "the comparison")
+        assert {link["verified"] for link in pair.links()} == {"equal"}, pair.links()
 
     def _differing(self, number: int) -> int:
         mine = self.pair.contents[number].data
