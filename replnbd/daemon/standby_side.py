@@ -27,8 +27,10 @@ from replnbd.replication import (
     RESYNC_BITMAP,
     RESYNC_CONTEXT,
     Group,
+    NoDisk,
     PeerNode,
     StandbyDisk,
+    Target,
     peer_export,
     primary_changes,
     standby_changes,
@@ -193,9 +195,15 @@ class StandbySide(Side):
             assert export is not None
             self.services.server.add_export(export)
         disk.peer.drop_sources = partial(self._drop_sources, disk)
-        name = peer_export(disk.name)
-        node = PeerNode(name, disk.peer)
-        self.services.server.add_export(Export(name, node, listed=False, allow=config.allow))
+        self._export_peer(disk.name, disk.peer, config.allow)
+        # Without an answer there, a source would take the view for a server that is none of ours.
+        view = NoDisk(disk.top_id, disk.active.size, f"the view of '{disk.name}'")
+        self._export_peer(disk.top_id, view, config.top_allow)
+
+    def _export_peer(self, of: str, target: Target, allow: list[str] | None) -> None:
+        name = peer_export(of)
+        node = PeerNode(name, target)
+        self.services.server.add_export(Export(name, node, listed=False, allow=allow))
 
     def _fence(self, disk: StandbyDisk) -> None:
         # Called while the disk is drained; closing the connections waits for their requests,

@@ -56,7 +56,14 @@ from replnbd.replication.journal import (
 )
 from replnbd.replication.link_mirror import LinkMirror, MirrorTerms
 from replnbd.replication.nodes import GateNode
-from replnbd.replication.peer import RESYNC_BITMAP, RESYNC_CONTEXT, PeerNode, peer_export
+from replnbd.replication.peer import (
+    RESYNC_BITMAP,
+    RESYNC_CONTEXT,
+    NoDisk,
+    PeerNode,
+    Target,
+    peer_export,
+)
 from replnbd.replication.primary import NoTarget, PrimaryDisk
 from replnbd.replication.primary_group import PrimaryGroup
 from replnbd.replication.session import LinkState
@@ -79,6 +86,7 @@ __all__ = [
     "LinkMirror",
     "LinkState",
     "MirrorTerms",
+    "NoDisk",
     "NoTarget",
     "PeerNode",
     "PrimaryDisk",
@@ -87,6 +95,7 @@ __all__ = [
     "Role",
     "Stage",
     "StandbyDisk",
+    "Target",
     "peer_export",
     "primary_changes",
     "standby_changes",

@@ -57,6 +57,8 @@ class PeerState(msgspec.Struct, forbid_unknown_fields=False, rename="kebab", kw_
     claim: Claim
     primary: bool = False
     """It is none for anybody."""
+    refusal: str | None = None
+    """Why it is none: an export that is something else."""
 
 
 class Enter(msgspec.Struct, tag="enter", tag_field="say", rename="kebab", kw_only=True):
@@ -97,6 +99,36 @@ class Target(Protocol):
 
     async def end_sync(self, lineage: Lineage) -> None:
         """All has arrived. StateError if nothing has begun."""
+
+
+class NoDisk:
+    """A `Target` that is none, because the export is something else: `what`."""
+
+    def __init__(self, name: str, size: int, what: str) -> None:
+        self._state = PeerState(
+            name=name,
+            size=size,
+            stage="none",
+            fenced=False,
+            syncing=False,
+            claim=Claim(),
+            refusal=f"'{name}' is {what}: no place for a source to write to",
+        )
+
+    def peer_state(self) -> PeerState:
+        """See `Target`."""
+        return self._state
+
+    async def enter(self) -> None:
+        """See `Target`."""
+
+    async def begin_sync(self, claim: Claim, begin: Plan) -> None:
+        """See `Target`."""
+        raise StateError(str(self._state.refusal))
+
+    async def end_sync(self, lineage: Lineage) -> None:
+        """See `Target`."""
+        raise StateError(str(self._state.refusal))
 
 
 class PeerNode(BlockNode):

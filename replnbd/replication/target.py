@@ -58,6 +58,8 @@ async def connect(
 
 def decide(source: Claim, state: PeerState) -> Plan:
     """What has to be done to make a replnbd's disk a copy of `source`. Refused if it must not."""
+    if state.refusal is not None:
+        raise Refused(state.refusal)
     decided = plan(source, state.claim)
     if decided in (*Plan, STRANGERS) and (state.primary or state.fenced):
         decided = TWO_PRIMARIES if state.primary else OUTDATED

@@ -9,7 +9,7 @@ from enum import StrEnum
 from guest_model import Content, check_equal
 from host import Host
 from pair import PATIENCE_S, Pair
-from peers import wait_until
+from peers import PeerError, wait_until
 
 OUTDATED = "is outdated"
 SPLIT_BRAIN = "split brain"
@@ -46,9 +46,18 @@ class Takeover:
         pair = self.pair
         pair.note(f"failover to {self.to}, old source {self.old}, kill {kill_in_commit}")
         self._part()
-        taken = self._expected()
         before = [pair.target.status(number)["history"] for number in range(pair.count)]
-        pair.target.failover(self.to)
+        taken = self._expected()
+        try:
+            pair.target.failover(self.to)
+        except PeerError as exc:
+            # It was cut off amid a synchronisation: the latest is no state to go on from.
+            if self.to != "latest" or "is being synchronised" not in str(exc):
+                raise
+            pair.note("  to standby")
+            self.to = "standby"
+            taken = self._expected()
+            pair.target.failover(self.to)
         if kill_in_commit:
             pair.target.kill()
             pair.target.start()

@@ -64,3 +64,22 @@ def test_the_standby_of_another_disk_is_refused_until_it_forgets_that(short_dir:
             check_equal(pair.target.read("b0"), data, "the standby's disk")
         finally:
             stranger.close()
+
+
+@pytest.mark.parametrize("stage", ["none", "running", "promoted"])
+def test_a_view_is_no_place_for_a_source(hosts: tuple[Host, Host], stage: str) -> None:
+    # It is the disk itself after a failover, and no fence keeps anybody from it.
+    source, standby = hosts
+    standby.start("secondary")
+    if stage != "none":
+        standby.begin()
+    if stage == "promoted":
+        standby.failover("standby")
+        wait_until(standby.committed, "the commit")
+    source.to = [standby.proxy.uri("b0-top")]
+    source.start("primary")
+    source.begin()
+    wait_until(lambda: refused(source), "a refusal")
+    assert "is the view of 'b0'" in source.link()["reason"]
+    if stage != "none":
+        check_equal(standby.read("b0-top"), b"b" * SIZE, "the view")
