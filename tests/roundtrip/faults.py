@@ -69,6 +69,20 @@ def kill_both(pair: Pair) -> None:
     pair.source.kill()
     pair.target.kill()
     pair.guests_ended()
+    _start_both(pair)
+
+
+def kill_starting(pair: Pair) -> None:
+    """kill -9 of both, and once more while they start."""
+    pair.source.kill()
+    pair.target.kill()
+    pair.guests_ended()
+    for host in pair.source, pair.target:
+        host.start_and_die(pair.rng.uniform(0.1, 0.6))
+    _start_both(pair)
+
+
+def _start_both(pair: Pair) -> None:
     first, second = pair.rng.sample([pair.source, pair.target], 2)
     for host in first, second:
         if host is pair.source:
@@ -89,7 +103,7 @@ def restart_target(pair: Pair) -> None:
 
 
 NETWORK = (drop, reset, truncate, silence, delay, refuse)
-DEATHS = (kill_source, kill_target, kill_both, restart_source, restart_target)
+DEATHS = (kill_source, kill_target, kill_both, kill_starting, restart_source, restart_target)
 FAULTS = (*NETWORK, *DEATHS)
 
 

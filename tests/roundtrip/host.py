@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,20 +86,30 @@ class Host:
 
     def start(self, mode: str | None = None) -> None:
         """Start the daemon, by default as it was."""
-        assert self.process is None
-        self.mode = mode or self.mode
-        config = self.folder / "replnbd.toml"
-        tables = [self._table(number) for number in range(len(self.disks))]
-        lines = ["[server]", *_lines(listen=[f"nbd+unix:///?socket={self.nbd}"])]
-        lines += _lines(control=str(self.control))
-        config.write_text("\n".join([*lines, *tables]) + "\n")
-        self.process = Process([*self._argv, "serve", str(config)], log=self.log)
+        self._launch(mode or self.mode)
+        assert self.process is not None
         try:
             self.process.reach(lambda: list_exports(self.nbd))
             self._qmp = self.process.reach(lambda: QmpClient(self.control))
         except BaseException:
             self.kill()
             raise
+
+    def start_and_die(self, after_s: float) -> None:
+        """Start it as it was, and kill it while it does what comes first."""
+        self._launch(self.mode)
+        time.sleep(after_s)
+        self.kill()
+
+    def _launch(self, mode: str) -> None:
+        assert self.process is None
+        self.mode = mode
+        config = self.folder / "replnbd.toml"
+        tables = [self._table(number) for number in range(len(self.disks))]
+        lines = ["[server]", *_lines(listen=[f"nbd+unix:///?socket={self.nbd}"])]
+        lines += _lines(control=str(self.control))
+        config.write_text("\n".join([*lines, *tables]) + "\n")
+        self.process = Process([*self._argv, "serve", str(config)], log=self.log)
 
     def _table(self, number: int) -> str:
         disk = self.disks[number]

@@ -58,3 +58,19 @@ def assert_prefix(before: bytes, writes: list[tuple[int, bytes]], found: bytes) 
         state[offset : offset + len(data)] = data
         states += state == found
     assert states, f"a state that never was, after {len(writes)} writes"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_sync_a_source_that_dies_has_acknowledged_nothing_that_the_standby_lacks(
+    short_dir: Path, seed: int
+) -> None:
+    with Pair(short_dir, seed, size=8 << 20, sync=True) as pair:
+        pair.source.begin()
+        pair.begin()
+        pair.network.delay(0.002)
+        pair.run_for(pair.rng.randint(20, 60))
+        pair.source.kill()
+        pair.guests_ended()
+        wait_until(lambda: not pair.target.status()["primary-connections"], "the end of its writes")
+        assert not pair.target.status()["syncing"]
+        pair.contents[0].settle(pair.target.read("b0"), "the standby's disk")
