@@ -123,6 +123,11 @@ class NbdSession(asyncio.BufferedProtocol):
         """Of requests, with their payloads, whose reply has not come: what the owner bounds."""
         return self._replies.bytes_outstanding
 
+    @property
+    def requests_outstanding(self) -> int:
+        """How many these are."""
+        return len(self._replies.pending)
+
     def abort(self, reason: OSError) -> None:
         """End the session now; nothing of it is waited for."""
         self._end(reason)

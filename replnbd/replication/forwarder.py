@@ -5,8 +5,8 @@ sent is marked, and copied later.
                                        \\-> BEHIND, for the sync to copy  (no way, or a full one)
 
 Nobody waits for the copy (unless `sync`): a payload is handed over, and counted. What is on its way
-is bounded (QUEUE_BYTES_MAX); beyond that a write only falls behind, which costs a byte a granule,
-whatever the client writes.
+is bounded (QUEUE_BYTES_MAX, QUEUE_REQUESTS_MAX); beyond that a write only falls behind, which costs
+a byte a granule, whatever the client writes.
 
 A granule is unmarked by *epochs*: once everything that was sent in one has been answered, and the
 copy flushed, what was not written since is proven.
@@ -30,6 +30,9 @@ from replnbd.replication.in_flight import Epoch, InFlight
 
 QUEUE_BYTES_MAX = 32 << 20
 """Of payloads that the copy has not acknowledged: 30 ms of what a network of 10 Gbit/s takes."""
+
+QUEUE_REQUESTS_MAX = 16 << 10
+"""Of requests: one takes 600 bytes of memory, however short it is."""
 
 UNPROVEN_MAX = 1 << 20
 """Granules. Beyond it (64 GiB written within an epoch, or trimmed) writes fall behind."""
@@ -270,6 +273,9 @@ class Forwarder:
         assert isinstance(entered, Epoch)
         answered = asyncio.get_running_loop().create_future() if self.sync else None
         try:
+            if answered is not None and not self.ours:
+                # It would fall behind, and be acknowledged before the copy has it.
+                await self._in_flight.wait_without(offset, length)
             # In its own epoch, whose end may have come: that waits for what was marked before it.
             self._post(entered, command, flags, offset, length, payload, answered)
             if answered is not None and await answered is not None:
@@ -295,7 +301,7 @@ class Forwarder:
             connection is None
             or self._gap
             or dirty.is_behind(offset, length)
-            or (answered is None and connection.bytes_outstanding > QUEUE_BYTES_MAX)
+            or (answered is None and _is_full(connection))
             or dirty.unproven > UNPROVEN_MAX
             or (not self.ours and self._cannot_send(connection, offset, length, payload))
         ):
@@ -365,6 +371,13 @@ class Forwarder:
             self._on_bad("flush", failure, 0, self.dirty.size)
         elif self._flush_again and self.connection is connection:
             self._flush_copy(connection)
+
+
+def _is_full(connection: NbdConnection) -> bool:
+    return (
+        connection.bytes_outstanding > QUEUE_BYTES_MAX
+        or connection.requests_outstanding > QUEUE_REQUESTS_MAX
+    )
 
 
 def _no_way() -> OSError:

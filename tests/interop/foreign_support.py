@@ -167,14 +167,13 @@ class Foreign:
         folder: Path,
         server: Server | Callable[[Path], Server],
         *,
-        size: int = SIZE,
         sync: bool = False,
         format_: DiskFormat = "raw",
         program: Sequence[str] = REPLNBD,
         uri: Callable[[CuttingProxy], str] | None = None,
     ) -> None:
         self.rng = random.Random(fresh_seed())
-        self.content = bytearray(mottled(self.rng, size))
+        self.content = bytearray(mottled(self.rng, SIZE))
         self.server = server if isinstance(server, Server) else server(folder)
         self.proxy = CuttingProxy(("127.0.0.1", 0), self.server.socket)
         to = self.proxy.uri(self.server.export) if uri is None else uri(self.proxy)

@@ -245,6 +245,10 @@ class NbdClient:
         if first_error:
             raise _reply_error(first_error, self.export)
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """For whatever is waited for from now on: TimeoutError, and the connection is of no use."""
+        self._wire.sock.settimeout(timeout_s)
+
     # -- the wire -------------------------------------------------------------------------------
 
     def _send(

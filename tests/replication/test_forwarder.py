@@ -23,7 +23,7 @@ class Wire:
     at once, before all that came earlier, as the protocol allows."""
 
     can_flush = can_zero = can_trim = True
-    bytes_outstanding = 0
+    bytes_outstanding = requests_outstanding = 0
 
     def __init__(self) -> None:
         self.writes: list[Callable[[OSError | None], None]] = []
