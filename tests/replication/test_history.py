@@ -14,7 +14,7 @@ from replnbd.block import MemoryNode
 from replnbd.block.digest import GRANULE
 from replnbd.errors import ConfigError, ImageError
 from replnbd.replication import History, Role, Stage
-from replnbd.replication.history import MAP_START, HistoryRecord, file_bytes, read_role
+from replnbd.replication.history import MAP_START, HistoryRecord, file_bytes, read_record
 from replnbd.replication.journal import Journal
 from replnbd.replication.lineage import Lineage
 
@@ -213,7 +213,7 @@ async def test_a_damaged_history_is_one_clear_error() -> None:
     file = machine.files["history"]
     for slot in range(4):
         file.data[slot << 16 | 100] ^= 1
-    for read in (opened(machine), read_role(file)):
+    for read in (opened(machine), read_record(file)):
         with pytest.raises(ImageError, match="the history is damaged"):
             await read
 
