@@ -123,6 +123,10 @@ class FakeConnection:
         self.bytes_outstanding_max = max(self.bytes_outstanding_max, self.bytes_outstanding)
         return len(self.pending)
 
+    @property
+    def requests_outstanding(self) -> int:
+        return len(self.pending)
+
     async def request(self, command: int, offset: int, length: int) -> bytes:
         """Wait for the answer; what is there then."""
         ended: asyncio.Future[bytes] = self._loop.create_future()
