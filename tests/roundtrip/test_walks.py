@@ -13,4 +13,4 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_walk(short_dir: Path, seed: int) -> None:
-    Walk(short_dir, seed).run(4)
+    Walk(short_dir, seed).run(3)
