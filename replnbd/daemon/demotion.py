@@ -12,21 +12,17 @@ import msgspec
 from replnbd.daemon.config import DiskConfig
 from replnbd.daemon.histories import role_of
 from replnbd.daemon.recovery import holds_views, remove_journal
-from replnbd.errors import ConfigError
 from replnbd.replication import Role
 
 
 async def begins_as_standby(disks: Sequence[DiskConfig]) -> bool:
-    """Whether disks in mode primary have been demoted. ConfigError if only some have, or if what
-    they were as a standby's cannot be understood."""
+    """Whether disks in mode primary have been demoted. If only some have, their process died amid
+    that command, and all are: what they took on alone is not overwritten for it. ConfigError if
+    what they were as a standby's cannot be understood."""
     if await holds_views([demoted(disk) for disk in disks]):
         return True
-    roles = {disk.name: await role_of(disk) for disk in disks}
-    standbys = [name for name, role in roles.items() if role is Role.STANDBY]
-    if standbys and len(standbys) < len(roles):
-        names = ", ".join(f"'{name}'" for name in standbys)
-        raise ConfigError(f"{names} are disks of a standby, and the others of a primary")
-    return bool(standbys)
+    roles = [await role_of(disk) for disk in disks]
+    return Role.STANDBY in roles
 
 
 async def forget_standby(disks: Sequence[DiskConfig]) -> None:

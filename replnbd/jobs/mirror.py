@@ -118,7 +118,7 @@ class MirrorJob(Job):
     async def run(self) -> None:
         try:
             position = 0
-            while self._failure is None:
+            while not self._refused:
                 found = self._dirty.next_behind(position, RUN)
                 if found is not None:
                     position = await self._look_at(*found)
@@ -126,7 +126,9 @@ class MirrorJob(Job):
                     # All of them, for what a chunk has not taken yet must not be found again.
                     await asyncio.wait(self._copying)
                     position = 0
-                elif position:
+                    if self._failure is not None:
+                        break  # what could be copied, is
+                elif position and self._failure is None:
                     position = 0
                 else:
                     break
@@ -193,7 +195,7 @@ class MirrorJob(Job):
             await asyncio.sleep(COURTESY * self._chunk_s)
         while len(self._copying) >= CHUNKS_MAX:
             await asyncio.wait(self._copying, return_when=asyncio.FIRST_COMPLETED)
-        if self._failure is not None:
+        if self._refused:
             return
         self._taken += length
         task = asyncio.get_running_loop().create_task(self._copy(offset, length, theirs))
@@ -204,9 +206,11 @@ class MirrorJob(Job):
         buffer = self._buffers.pop() if self._buffers else bytearray(CHUNK)
         try:
             begin_s = time.perf_counter()
-            answers = await self._send(buffer, offset, length, theirs)
+            try:
+                answers = await self._send(buffer, offset, length, theirs)
+            finally:
+                self._taken -= length
             self._chunk_s = time.perf_counter() - begin_s
-            self._taken -= length
             await asyncio.gather(*answers)
             self.progress_current += length
             self._buffers.append(buffer)
@@ -221,6 +225,15 @@ class MirrorJob(Job):
         except OSError as exc:
             self._fail("read", exc)
             raise
+
+    @property
+    def _refused(self) -> bool:
+        """Whether to go on makes no sense: not after an error of the source alone, for what can be
+        read of it is worth more on the copy."""
+        failure = self._failure
+        return failure is not None and (
+            self.operation == "write" or not isinstance(failure, OSError)
+        )
 
     def _fail(self, operation: str, error: Exception) -> None:
         """`run` raises it. The others may be reading or writing: the first one counts."""

@@ -69,6 +69,8 @@ class Forwarder:
         """Whether the copy must not get anything while it lacks something."""
         self._gap = False
         """It lacks something, and so gets nothing."""
+        self.refused = False
+        """It has refused something since `keep_in_step`, and may have taken what came behind."""
         self._before_alone = before_alone
         self._on_behind = on_behind
         self._on_bad = on_bad
@@ -94,7 +96,7 @@ class Forwarder:
     def keep_in_step(self) -> None:
         """From now on, nothing is sent any more once something has fallen behind. If something has
         already, that is to be copied first."""
-        self._in_step = not self.dirty.behind
+        self._in_step, self.refused = not self.dirty.behind, False
 
     def go_on(self) -> None:
         """The copy knows that it lacks something: what is not BEHIND is sent again."""
@@ -129,7 +131,11 @@ class Forwarder:
             while self._ended:
                 await self._ended[0].wait_answered()
                 del self._ended[0]
-            await connection.flush()
+            try:
+                await connection.flush()
+            except OSError:
+                self._flush_failed(connection)
+                raise
             await self._clear(sorted(granules), connection)
             if not self.dirty.behind:
                 self._lossy = False  # it has been copied meanwhile
@@ -197,6 +203,7 @@ class Forwarder:
                 await connection.flush()
             except OSError as exc:
                 self._on_bad("flush", exc, 0, self.dirty.size)
+                self._flush_failed(connection)
         elif self._flushing:
             self._flush_again = True  # one at a time: it costs more than a write
         else:
@@ -346,7 +353,7 @@ class Forwarder:
         if in_flight is not None:
             self._arrived(in_flight, offset, length, failure)
         if failure is not None:
-            self._lossy = True
+            self._lossy = self.refused = True
             self._fall_behind(offset, length)
             self._on_bad("write", failure, offset, length)
         epoch.leave()
@@ -361,6 +368,14 @@ class Forwarder:
             # A server may do it yet, after what the next connection sends.
             self.dirty.late.update(range(offset // GRANULE, (offset + length - 1) // GRANULE + 1))
 
+    def _flush_failed(self, connection: NbdConnection) -> None:
+        """What the copy has taken since the flush before may be lost, whatever later ones say."""
+        if self.connection is connection and not connection.closed:
+            self._lossy = True
+            self.dirty.all_fall_behind()
+            self._gap = self._in_step
+            self._on_behind()
+
     def _flush_copy(self, connection: NbdConnection) -> None:
         self._flushing, self._flush_again = True, False
         connection.submit(c.CMD_FLUSH, 0, 0, 0, done=partial(self._flushed, connection))
@@ -369,6 +384,7 @@ class Forwarder:
         self._flushing = False
         if failure is not None:
             self._on_bad("flush", failure, 0, self.dirty.size)
+            self._flush_failed(connection)
         elif self._flush_again and self.connection is connection:
             self._flush_copy(connection)
 

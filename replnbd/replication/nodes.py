@@ -39,6 +39,8 @@ class GateNode(BlockNode):
         self.target = target
         self.bytes_written = 0
         """Changed through this gate since the owner last set it to 0."""
+        self.writes_failed = 0
+        """Writes, zeroings and discards of which a part at least has not happened."""
         self._ranges = ranges
 
     def pread_nowait(self, offset: int, buffer: memoryview) -> bool:
@@ -52,8 +54,12 @@ class GateNode(BlockNode):
         length = len(data)
         if ranges.held and not ranges.is_free(offset, length, True):
             return False
-        if not self.target.pwrite_nowait(offset, data):
-            return False
+        try:
+            if not self.target.pwrite_nowait(offset, data):
+                return False
+        except OSError:
+            self.writes_failed += 1
+            raise
         self.bytes_written += length
         return True
 
@@ -69,6 +75,9 @@ class GateNode(BlockNode):
         key = await self._ranges.acquire(offset, length, True)
         try:
             await self.target.pwrite(offset, data)
+        except OSError:
+            self.writes_failed += 1
+            raise
         finally:
             self._ranges.release(key)
         self.bytes_written += length
@@ -96,6 +105,9 @@ class GateNode(BlockNode):
             key = await self._ranges.acquire(offset, piece, True)
             try:
                 await operate(offset, piece)
+            except OSError:
+                self.writes_failed += 1
+                raise
             finally:
                 self._ranges.release(key)
             offset += piece

@@ -191,6 +191,8 @@ class Session:
         if self._history.map.behind:
             return True  # once more
         await self._forwarder.prove()
+        if self._forwarder.refused:
+            return True  # once more
         # First here: who dies in between must not go on alone under the generation of the target.
         lineage = await self._history.in_step()
         self._has_synced = True

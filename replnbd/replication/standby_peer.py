@@ -19,9 +19,10 @@ from replnbd.errors import ReplnbdError, StateError
 from replnbd.events import EventBus
 from replnbd.filters import QuorumNode
 from replnbd.jobs import Job, JobRegistry
-from replnbd.replication.history import History
+from replnbd.replication.history import History, Role
 from replnbd.replication.lineage import OUTDATED, STRANGERS, Claim, Lineage, Plan, plan
 from replnbd.replication.link import Link
+from replnbd.replication.nodes import GateNode
 from replnbd.replication.peer import PeerState
 from replnbd.replication.session import LinkState
 from replnbd.replication.stage import Stage
@@ -34,6 +35,7 @@ class PeeredDisk(Protocol):
 
     name: str
     secondary: BlockNode
+    primary: GateNode
     stage: Stage
     promoted: bool
     suspended: str | None
@@ -61,6 +63,8 @@ class StandbyPeer:
         """Once the disk has taken over."""
         self.refused: str | None = None
         """Why a source was refused last, until one is not."""
+        self._failed_before = 0
+        """`writes_failed` of the primary's gate, when they were in step last."""
         self._begun: Claim | None = None
         """What the source said of its disk when it began, in this process."""
         self.turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
@@ -100,11 +104,18 @@ class StandbyPeer:
 
     def check_in_step(self, what: str) -> None:
         """StateError while the disk is no state to go on from."""
-        if self.syncing:
+        if self.syncing or self._missed:
             raise StateError(
                 f"'{self._name}' is being synchronised: {what} has to wait until its primary has"
                 " sent all that it lacks"
             )
+
+    @property
+    def _missed(self) -> bool:
+        """Whether a write of its primary has failed here since they were in step: the primary will
+        say so and send it again, but may have sent others behind it."""
+        followed = self.history is not None and self.history.record.role is Role.STANDBY
+        return followed and self._disk.primary.writes_failed != self._failed_before
 
     # Section: as a target
 
@@ -135,12 +146,14 @@ class StandbyPeer:
             begun = self._begun
             if self.history is None or begun is None or not self.syncing:
                 raise StateError(f"no synchronisation of '{self._name}' has begun")
+            failed = self._disk.primary.writes_failed
             began_as = None if begun.lineage is None else begun.lineage.generation
             if began_as not in (None, lineage.generation, *lineage.ancestors):
                 raise StateError(f"the synchronisation of '{self._name}' is another source's")
             with self._recorded():
                 await self.history.end_following(lineage)
             self._begun = None
+            self._failed_before = failed
             self._tell_syncing(False)
 
     async def _begin_sync(self, claim: Claim, begin: Plan) -> None:
