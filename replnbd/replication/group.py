@@ -24,6 +24,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, ParamSpec
 
 from replnbd.errors import StateError
+from replnbd.replication.companions import Companions
 from replnbd.replication.disk import StandbyDisk
 from replnbd.replication.group_steps import (
     begin_reset,
@@ -101,7 +102,9 @@ class Group:
         self._torn = False
         """A checkpoint has failed after some disks had moved on."""
         self._closed = False
+        companions = Companions()
         for disk in self.disks:
+            disk.peer.companions = companions
             # Until that is recorded, a crash makes the next process commit what is committed.
             disk.on_commit_end = lambda _: self.keeper.settle_soon()
             disk.peer.turn = self.keeper.turn

@@ -88,6 +88,12 @@ STRANGERS = (
 )
 
 
+NO_ACCOUNT = (
+    "there was a replnbd, and what is there now does not answer as one: 'replnbd reset --force', in"
+    " stage none, makes this disk forget that, and then everything there is overwritten"
+)
+
+
 def plan(source: Claim, target: Claim) -> Plan | str:
     """How `target` can be made a copy of `source`; or, as a text, why it must not be."""
     if target.lineage is not None:

@@ -27,6 +27,7 @@ from replnbd.block import BlockNode, RangeLock
 from replnbd.errors import ConfigError, ProtocolError, StateError
 from replnbd.events import EventBus
 from replnbd.jobs import Job, JobRegistry, JobStatus, MirrorJob, MirrorTarget, VerifyJob
+from replnbd.replication.companions import Companions
 from replnbd.replication.forwarder import Forwarder
 from replnbd.replication.history import History
 from replnbd.replication.session import LinkState, Session
@@ -88,10 +89,12 @@ class Link:
             history.map,
             sync=sync,
             before_alone=self._before_alone,
-            on_behind=self._fell_behind,
+            on_behind=self.nudge,
             on_bad=self._bad,
         )
         self.forwarder.alone = history.is_shared
+        self.companions = Companions()
+        """The links of the group, set before this one is started."""
         self.source = source
         self.ranges = ranges
         self.bus = bus
@@ -120,6 +123,7 @@ class Link:
 
     def start(self, to: str) -> None:
         """Send to the target at the URI `to` from now on, for as long as it takes."""
+        self.companions.join(self)
         self._start(to)
 
     def start_for(self, node_name: str, to: str) -> None:
@@ -160,6 +164,7 @@ class Link:
             self._verifying.give_up()
             await self._verifying.wait()
         self.set_state(LinkState.OFF)
+        self.companions.leave(self)
         self.mirror, self.from_scratch = None, False
         if self.node_name != self.own_node_name:
             self.node_name, self.to = self.own_node_name, None
@@ -205,23 +210,21 @@ class Link:
         await self._changed.wait()
 
     async def wait_if_up(self) -> None:
-        """The same, where there is a way: that there is none is no error of a checkpoint's.
-        StateError if the target lacks too much to wait for: it is what the source was at no moment.
-        """
-        if self.state in (LinkState.SYNCING, LinkState.LIVE):
-            try:
-                async with asyncio.timeout(CATCH_UP_S):
-                    await self.wait_in_step()
-            except TimeoutError as exc:
-                if exc.errno is not None:  # the way was lost to a target that hangs
-                    log.warning("disk %s: the standby is left behind: %s", self.name, exc.strerror)
-                    return
+        """The same, where there is a way for the whole group: that there is none is no error of a
+        checkpoint's. StateError if the target lacks too much to wait for: it is what the source was
+        at no moment."""
+        if self.state not in (LinkState.SYNCING, LinkState.LIVE) or not self.others_ready:
+            return
+        try:
+            async with asyncio.timeout(CATCH_UP_S):
+                await self.wait_in_step()
+        except OSError as exc:
+            if isinstance(exc, TimeoutError) and exc.errno is None:  # ours, not the network's
                 raise StateError(
                     f"'{self.name}' is being synchronised: a checkpoint has to wait until its"
                     " standby has all that it lacks"
                 ) from None
-            except OSError as exc:
-                log.warning("disk %s: the standby is left behind: %s", self.name, exc.strerror)
+            log.warning("disk %s: the standby is left behind: %s", self.name, exc.strerror)
 
     def check_verify(self) -> None:
         """StateError if `verify` cannot be: there is no way, or the target tells no digests."""
@@ -341,8 +344,23 @@ class Link:
     async def disconnected(self, *, lossy: bool) -> None:
         """A session has ended; `lossy`: what clients know to be written may not have arrived."""
         self.forwarder.alone = self.history.is_shared
+        self.tell_ready(ready=False)
         if lossy:
             await self._before_alone()
+
+    @property
+    def lent(self) -> bool:
+        """Whether somebody has it for a node of his own."""
+        return self.mirror is not None or self.node_name != self.own_node_name
+
+    def tell_ready(self, *, ready: bool) -> None:
+        """Whether the copy lacks nothing: see Companions."""
+        self.companions.tell(self, ready=ready)
+
+    @property
+    def others_ready(self) -> bool:
+        """Whether the other disks' copies lack nothing."""
+        return self.companions.others_ready(self)
 
     # Section: what the forwarder tells
 
@@ -350,10 +368,11 @@ class Link:
         async with self._stepping:
             if self.history.is_shared:
                 await self.history.step()
-                self._fell_behind()  # should there be a way by now: the target is to know
+                self.nudge()  # should there be a way by now: the target is to know
             self.forwarder.alone = False
 
-    def _fell_behind(self) -> None:
+    def nudge(self) -> None:
+        """The session has something to look at (Companion, Forwarder)."""
         if self._session is not None:
             self._session.nudge()
 

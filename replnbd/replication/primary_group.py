@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from replnbd.errors import StateError
+from replnbd.replication.companions import Companions
 from replnbd.replication.group_steps import check_mode
 from replnbd.replication.journal import FailoverTarget
 from replnbd.replication.primary import PrimaryDisk
@@ -20,6 +21,9 @@ class PrimaryGroup:
 
     def __init__(self, disks: Sequence[PrimaryDisk]) -> None:
         self.disks = tuple(disks)
+        companions = Companions()
+        for disk in self.disks:
+            disk.link.companions = companions
         self._turn = asyncio.Lock()
         self._closed = False
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from replnbd.block import NbdConnection, parse_nbd_uri
 from replnbd.errors import ProtocolError
 from replnbd.jobs import MirrorJob
-from replnbd.replication.lineage import OUTDATED, Lineage, Plan, new_name
+from replnbd.replication.lineage import NO_ACCOUNT, OUTDATED, Lineage, Plan, new_name
 from replnbd.replication.peer import Begin, End, Enter
 from replnbd.replication.target import (
     RESPONSE_TIMEOUT_S,
@@ -119,6 +119,8 @@ class Session:
         record = self._history.record
         if self._peer is None:
             known = record.pair is not None and record.foreign == self._to
+            if record.pair is not None and record.foreign is None and not self._link.lent:
+                raise Refused(NO_ACCOUNT)
             known = known and not self._link.from_scratch
             return Plan.INCREMENTAL if known else Plan.FULL
         state = await ask(self._peer)
@@ -158,11 +160,16 @@ class Session:
                 continue
             if not self._history.map.behind:
                 self._forwarder.keep_in_step()
-                self._link.set_state(LinkState.LIVE)
-                await self._wake.wait()
+                self._link.tell_ready(ready=True)
+                if not self._must_sync and self._link.others_ready:
+                    self._link.set_state(LinkState.LIVE)
+                    await self._wake.wait()
+                elif self._must_sync:  # until the others are ready, too
+                    await self._wake.wait()
             self._check_way()
-            await self._begin(Plan.INCREMENTAL)
-            self._forwarder.go_on()
+            if self._history.map.behind or (not self._must_sync and not self._link.others_ready):
+                await self._begin(Plan.INCREMENTAL)
+                self._forwarder.go_on()
 
     async def _begin(self, decided: Plan) -> None:
         self._link.set_state(LinkState.SYNCING)
@@ -178,7 +185,29 @@ class Session:
 
     async def _sync(self) -> bool:
         """Whether all has been copied; False: the target could not store all of it."""
+        if self._history.map.behind and not await self._copy():
+            return False
+        self._forwarder.keep_in_step()
+        if self._history.map.behind:
+            return True  # once more
+        await self._forwarder.prove()
+        if self._forwarder.refused:
+            return True  # once more
+        self._has_synced = True
+        self._link.tell_ready(ready=True)
+        if self._peer is not None and not self._link.others_ready:
+            return True  # they are in step together
+        # First here: who dies in between must not go on alone under the generation of the target.
+        lineage = await self._history.in_step()
+        if self._peer is not None:
+            await say(self._peer, End(lineage=lineage, session=self._name))
+            self._agreed = lineage
+        return True
+
+    async def _copy(self) -> bool:
+        """Whether all that was BEHIND has been copied."""
         link = self._link
+        link.tell_ready(ready=False)
         self.job = job = link.new_job(self, compare=not self._has_synced)
         await job.wait()
         self.job = None
@@ -187,18 +216,6 @@ class Session:
         if job.error is not None:
             link.set_state(LinkState.SYNCING, f"{job.id}: {job.error.strerror}")
             return False
-        self._forwarder.keep_in_step()
-        if self._history.map.behind:
-            return True  # once more
-        await self._forwarder.prove()
-        if self._forwarder.refused:
-            return True  # once more
-        # First here: who dies in between must not go on alone under the generation of the target.
-        lineage = await self._history.in_step()
-        self._has_synced = True
-        if self._peer is not None:
-            await say(self._peer, End(lineage=lineage, session=self._name))
-            self._agreed = lineage
         return True
 
     async def _tend(self) -> None:

@@ -19,6 +19,7 @@ from replnbd.errors import ReplnbdError, StateError
 from replnbd.events import EventBus
 from replnbd.filters import QuorumNode
 from replnbd.jobs import Job, JobRegistry
+from replnbd.replication.companions import Companions
 from replnbd.replication.history import History, Role
 from replnbd.replication.lineage import OUTDATED, STRANGERS, Claim, Lineage, Plan, plan
 from replnbd.replication.link import Link
@@ -68,6 +69,8 @@ class StandbyPeer:
         self._begun: Claim | None = None
         """What the source said of its disk when it began, in this process."""
         self.turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+        self.companions = Companions()
+        """The links of the group, for one that is made."""
         self.drop_sources: Callable[[], Awaitable[None]] = _nobody
         """Ends the connections of sources to the disk; nothing of theirs is under way then."""
         self._disk = disk
@@ -245,6 +248,7 @@ class StandbyPeer:
                 bus=self._bus,
                 jobs=self._jobs,
             )
+            self.link.companions = self.companions
         return self.link
 
     # Section: as a source
