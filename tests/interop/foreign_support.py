@@ -233,7 +233,12 @@ class Foreign:
 
     def wait_proven(self) -> None:
         """Until nothing is marked."""
-        wait_until(lambda: not self.primary.link()["unproven-bytes"], "nothing unproven")
+
+        def proven() -> bool:
+            link = self.primary.link()
+            return not link["unproven-bytes"] and not link["behind-bytes"]
+
+        wait_until(proven, "nothing marked")
 
     def check_log(self) -> None:
         """AssertionError if the primary has met a bug of its own."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from foreign_support import GRANULE, HEALTHY, SIZE, Foreign, Server, nbdkit, qemu_nbd
+from foreign_support import GRANULE, HEALTHY, IMPATIENT, SIZE, Foreign, Server, nbdkit, qemu_nbd
 from interop_support import KIB
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -59,7 +59,7 @@ TARGETS: dict[str, Callable[[Path], Server]] = {
 @pytest.fixture(params=TARGETS)
 def any_target(request: pytest.FixtureRequest, short_dir: Path) -> Iterator[Foreign]:
     """Each of them."""
-    with Foreign(short_dir, TARGETS[request.param]) as world:
+    with Foreign(short_dir, TARGETS[request.param], program=IMPATIENT) as world:
         yield world
 
 
@@ -73,6 +73,7 @@ def test_a_target_is_copied_to_followed_and_found_again(any_target: Foreign) -> 
         load.wait_batches(3)
         load.stop()
         world.compare()
+    world.compare_for_good()
     world.wait_proven()
     with world.proxy.refusing():
         world.proxy.drop()
