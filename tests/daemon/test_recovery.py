@@ -28,8 +28,7 @@ from writers import Writer
 
 from replnbd import ConfigError, DiskConfig, ImageError, Standby, StateError, read_bytes
 from replnbd.block import FileNode
-from replnbd.daemon import daemon as daemon_module
-from replnbd.daemon import recovery
+from replnbd.daemon import recovery, standby_side
 from replnbd.replication import Journal, Stage
 from replnbd.replication.record_file import FILE_BYTES
 
@@ -305,7 +304,7 @@ async def test_a_start_that_fails_leaves_files_that_the_next_one_takes(
     stamp = recovery._stamp(str(setup.path("secondary")))
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(daemon_module, "check_size", fail)
+            patch.setattr(standby_side, "check_size", fail)
             if dies:
                 patch.setattr(recovery.Past, "give_up", nothing)
             with pytest.raises(ConfigError, match="not today"):
@@ -562,7 +561,7 @@ async def test_a_start_after_a_power_failure_that_dies_leaves_a_power_failure(
     await lost_power(setup)
     reboot()
     with monkeypatch.context() as patch:
-        patch.setattr(daemon_module, "open_disk", refuse_to_open)
+        patch.setattr(standby_side, "open_disk", refuse_to_open)
         with pytest.raises(ConfigError, match="not today"):
             async with Standby([disk_of(setup, "power")]):
                 pass
