@@ -107,13 +107,12 @@ class StandbySide(Side):
         The images below the gates belong to their disk: written from outside they would break the
         view, and read from outside they would not be coherent."""
         for disk, config in zip(self.group.disks, self.configs, strict=True):
-            bitmaps = {RESYNC_BITMAP: partial(unproven_changes, disk.peer)}
             if node_name == disk.primary.name:
                 node, allow = disk.primary, config.allow
-                bitmaps[CHECKPOINT_BITMAP] = partial(primary_changes, disk)
+                changes = partial(primary_changes, disk)
             elif node_name == disk.standby.name:
                 node, allow = disk.standby, config.top_allow
-                bitmaps[CHECKPOINT_BITMAP] = partial(standby_changes, disk)
+                changes = partial(standby_changes, disk)
             else:
                 continue
             export = Export(
@@ -121,7 +120,10 @@ class StandbySide(Side):
                 node,
                 description,
                 writable,
-                bitmaps=bitmaps,
+                bitmaps={
+                    CHECKPOINT_BITMAP: changes,
+                    RESYNC_BITMAP: partial(unproven_changes, disk.peer),
+                },
                 with_digests=node is disk.primary,
                 digest_key=disk.peer.digest_key,
                 allow=allow,

@@ -32,9 +32,9 @@ BLOCK = 4 * KIB
 
 SIZE = 4 * MIB + 1536
 BASE, DEPTH = "base:allocation", "qemu:allocation-depth"
-DIRTY = "qemu:dirty-bitmap:checkpoint"
+DIRTY, RESYNC = "qemu:dirty-bitmap:checkpoint", "qemu:dirty-bitmap:resync"
 DIGEST = "x-replnbd:digest"
-CONTEXTS = {NAME: [BASE, DEPTH, DIRTY, DIGEST], TOP: [BASE, DEPTH, DIRTY]}
+CONTEXTS = {NAME: [BASE, DEPTH, DIRTY, RESYNC, DIGEST], TOP: [BASE, DEPTH, DIRTY, RESYNC]}
 """Those of each export, in the order in which they are listed."""
 
 

@@ -59,14 +59,11 @@ def test_a_write_of_a_lost_connection_does_not_win(short_dir: Path) -> None:
         world.compare_for_good()
 
 
-@pytest.mark.parametrize("kind", ["qemu-nbd", "nbdkit"])
-def test_what_a_stalled_server_finds_in_its_socket_does_not_win(short_dir: Path, kind: str) -> None:
-    """It reads what an old connection has left there beside what a new one sends."""
-    server = (
-        qemu_nbd(short_dir, "raw", bytes(SIZE))
-        if kind == "qemu-nbd"
-        else nbdkit(short_dir, "memory", str(SIZE))
-    )
+def test_what_a_stalled_server_finds_in_its_socket_does_not_win(short_dir: Path) -> None:
+    """It reads what an old connection has left there beside what a new one sends. (nbdkit 1.32 is
+    no peer for it: it aborts when a connection is reset whose replies it has not sent, "Assertion
+    `sock >= 0' failed".)"""
+    server = qemu_nbd(short_dir, "raw", bytes(SIZE))
     with Foreign(short_dir, server, program=IMPATIENT) as world:
         world.begin()
         world.wait_proven()

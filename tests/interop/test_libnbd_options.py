@@ -17,6 +17,7 @@ from libnbd_support import (
     DIRTY,
     EXPORTS,
     NAME,
+    RESYNC,
     SIZE,
     TOP,
     QemuNbd,
@@ -43,8 +44,10 @@ def qemu(served_by_module: Served) -> Iterator[QemuNbd]:
     """qemu-nbd with an export of the same name, size, description and contexts."""
     image = served_by_module.folder / "qemu.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", image, str(SIZE))
-    qemu_img("bitmap", "--add", image, "checkpoint")
-    options = ["--format=qcow2", f"--description={DESCRIPTIONS[NAME]}", "--bitmap=checkpoint"]
+    options = ["--format=qcow2", f"--description={DESCRIPTIONS[NAME]}"]
+    for bitmap in ("resync", "checkpoint"):  # it lists the last one first
+        qemu_img("bitmap", "--add", image, bitmap)
+        options.append(f"--bitmap={bitmap}")
     with QemuNbd(served_by_module.folder, image, NAME, *options) as qemu:
         yield qemu
 
@@ -162,14 +165,14 @@ def test_structured_replies_are_for_who_asks(served: Served, structured: bool) -
 # Section: metadata contexts
 
 LISTS = [
-    ([], [BASE, DEPTH, DIRTY, DIGEST]),
+    ([], [BASE, DEPTH, DIRTY, RESYNC, DIGEST]),
     (["base:"], [BASE]),
-    (["qemu:"], [DEPTH, DIRTY]),
-    (["qemu:dirty-bitmap:"], [DIRTY]),
+    (["qemu:"], [DEPTH, DIRTY, RESYNC]),
+    (["qemu:dirty-bitmap:"], [DIRTY, RESYNC]),
     ([BASE], [BASE]),
     ([DEPTH, BASE], [BASE, DEPTH]),
     (["base:", BASE, BASE], [BASE]),
-    (["qemu:", "base:"], [BASE, DEPTH, DIRTY]),
+    (["qemu:", "base:"], [BASE, DEPTH, DIRTY, RESYNC]),
     (["qemu:dirty-bitmap:other"], []),
     (["qemu:allocation"], []),
     (["qemu:allocation-depth:"], []),
@@ -257,7 +260,7 @@ def test_qemu_nbd_offers_the_same(served: Served, qemu: QemuNbd) -> None:
     different = {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]}
     # "MAY fail the request with NBD_REP_ERR_INVALID": who forgot the colon is told so.
     assert different == {
-        "list []": (CONTEXTS[NAME], [BASE, DEPTH, DIRTY]),
+        "list []": (CONTEXTS[NAME], CONTEXTS[TOP]),
         "list ['x-replnbd:']": ([DIGEST], []),
         f"list ['{DIGEST}', '{BASE}']": ([BASE, DIGEST], [BASE]),
         "list ['no-colon']": (errno.ENOTSUP, []),
