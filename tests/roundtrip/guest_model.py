@@ -37,15 +37,27 @@ class Content:
 
     def settle(self, found: bytes | bytearray, what: str) -> None:
         """`found` is what the disk has: AssertionError if it cannot be."""
+        touched: dict[int, list[Write]] = {}
         for offset, new in self.unsure:
-            expected = bytearray(self.data)
-            expected[offset : offset + len(new)] = new
-            first = offset - offset % SECTOR
-            for at in range(first, offset + len(new), SECTOR):
-                if found[at : at + SECTOR] == expected[at : at + SECTOR]:
-                    self.data[at : at + SECTOR] = expected[at : at + SECTOR]
+            for at in range(offset - offset % SECTOR, offset + len(new), SECTOR):
+                touched.setdefault(at, []).append((offset, new))
+        for at, writes in touched.items():
+            sector = bytes(found[at : at + SECTOR])
+            # Several may share a sector, each with bytes of its own: any of them have happened.
+            for some in range(1 << len(writes)):
+                chosen = [write for number, write in enumerate(writes) if some >> number & 1]
+                if self._sector_with(at, chosen) == sector:
+                    self.data[at : at + SECTOR] = sector
+                    break
         self.unsure = []
         check_equal(found, self.data, what)
+
+    def _sector_with(self, at: int, writes: list[Write]) -> bytes:
+        sector = bytearray(self.data[at : at + SECTOR])
+        for offset, new in writes:
+            start, stop = max(offset, at), min(offset + len(new), at + len(sector))
+            sector[start - at : stop - at] = new[start - offset : stop - offset]
+        return bytes(sector)
 
 
 def check_equal(found: bytes | bytearray, expected: bytes | bytearray, what: str) -> None:
