@@ -40,6 +40,9 @@ every later small write walks its whole folio: 4 KiB cost 2 µs in a file writte
 4.4 µs after pieces of 64 KiB, 33 µs after pieces of 1 MiB (Linux 6.18). Writing 1 MiB in slices
 costs 20 µs more than at once."""
 
+PAGE = 4096
+"""Bytes: slices end on multiples of it, and so of every sector size."""
+
 _NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -245,7 +248,8 @@ def _read_all(fd: int, offset: int, buffer: memoryview) -> None:
 def _write_all(fd: int, offset: int, data: Buffer) -> None:
     view = memoryview(data)
     while view:
-        done = os.pwrite(fd, view[:WRITE_SLICE], offset)
+        # Slices end between sectors: who dies between two leaves none half old and half new.
+        done = os.pwrite(fd, view[: WRITE_SLICE - offset % PAGE], offset)
         if done == 0:
             raise OSError(errno.EIO, "write returned 0 bytes")
         view = view[done:]
