@@ -6,11 +6,10 @@ from __future__ import annotations
 import random
 import subprocess
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from peers import (
     REPLNBD,
+    Daemon,
     NbdClient,
     PeerError,
     Process,
@@ -115,7 +114,7 @@ def random_requests(
         content[offset : offset + length] = data
 
 
-class Standby:
+class Standby(Daemon):
     """`replnbd secondary` for one disk, on a unix socket and on a TCP port that it chose."""
 
     def __init__(self, folder: Path, disk: ReplnbdDisk) -> None:
@@ -174,22 +173,3 @@ class Standby:
         self.qmp.execute(command, arguments | {"x-replnbd-to": target})
         wait_until(lambda: self.stage() != "failover", "the commit")
         assert self.stage() == "done", self.process.failure("the commit failed")
-
-    def quit(self) -> None:
-        """An orderly end: SIGTERM, and exit status 0."""
-        self.qmp.close()
-        status = self.process.terminate()
-        if status:
-            raise PeerError(self.process.failure(f"replnbd ended with {status}"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.qmp.close()
-        self.process.kill()

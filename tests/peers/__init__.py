@@ -7,6 +7,7 @@
     CountingProxy  between any client and a server: how many bytes travelled
     CuttingProxy   the same, and cuts, resets, silences, slows and refuses, as a test wants it
     QmpClient      a synchronous QMP client: every answer as it came, events kept
+    Daemon         a process with its QMP, and an orderly end
     Process        a child process that is always killed, with its stderr in every failure
     Guest          a small Linux guest: the kernel's own NBD client
     Machine        a QEMU without a guest: its drives, its block nodes
@@ -25,6 +26,7 @@ from peers.certificates import Authority, Credentials
 from peers.command import REPLNBD, Done, fingerprints, refusal, run_replnbd
 from peers.counting_proxy import CountingProxy
 from peers.cutting_proxy import CuttingProxy, Fault, random_faults
+from peers.daemon import Daemon
 from peers.disk import Disk, DiskFormat, qemu_img
 from peers.guest import Guest
 from peers.libnbd import Libnbd, LibnbdError, LibnbdProcess, ReadChunk
@@ -46,6 +48,7 @@ __all__ = [
     "CountingProxy",
     "Credentials",
     "CuttingProxy",
+    "Daemon",
     "Disk",
     "DiskFormat",
     "Done",

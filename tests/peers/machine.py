@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from peers.daemon import Daemon
 from peers.nbd_client import NbdClient
 from peers.process import PeerError, Process, wait_until
 from peers.qmp_client import QmpClient
@@ -14,7 +14,7 @@ from peers.qmp_client import QmpClient
 QEMU = "qemu-system-x86_64"
 
 
-class Machine:
+class Machine(Daemon):
     """A QEMU without a guest: its drives are used through its monitor (`io`), or through an NBD
     server of its own (`connect`), which goes through the drive as a guest would."""
 
@@ -69,15 +69,3 @@ class Machine:
         status = self.process.wait()
         if status:
             raise PeerError(self.process.failure(f"QEMU ended with {status}"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.qmp.close()
-        self.process.kill()

@@ -7,9 +7,8 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from peers.daemon import Daemon
 from peers.disk import Disk
 from peers.nbd_client import NbdClient, list_exports
 from peers.process import PeerError, Process, wait_until
@@ -34,7 +33,7 @@ class ReplnbdDisk(Disk):
         return "\n".join(["[[disk]]", *lines])
 
 
-class ReplnbdDaemon:
+class ReplnbdDaemon(Daemon):
     """A running daemon with the disks exported: NAME for the primary, TOP-ID for the standby.
 
     `listen`: more URIs than that of `nbd_socket`; `tables`: more of the configuration.
@@ -91,22 +90,3 @@ class ReplnbdDaemon:
     def wait_for_commit(self) -> None:
         """Until every disk's failover is over; PeerError when it does not end."""
         wait_until(self.commit_finished, "replnbd's commit")
-
-    def quit(self) -> None:
-        """An orderly end: SIGTERM, and exit status 0."""
-        self.qmp.close()
-        status = self.process.terminate()
-        if status:
-            raise PeerError(self.process.failure(f"replnbd ended with {status}"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.qmp.close()
-        self.process.kill()

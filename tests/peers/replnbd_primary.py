@@ -11,17 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from peers.command import REPLNBD
+from peers.daemon import Daemon
 from peers.disk import DiskFormat
 from peers.nbd_client import NbdClient, list_exports
 from peers.process import PeerError, Process, wait_until
 from peers.qmp_client import QmpClient
 
 
-class ReplnbdPrimary:
+class ReplnbdPrimary(Daemon):
     """A running daemon with the disk `local` as its export vm0, to be sent to the URI `to`.
 
     `program`: what is run instead of `replnbd`. After its end, `run` starts it again.
@@ -126,24 +126,3 @@ class ReplnbdPrimary:
             wait_until(self.in_step, "in step", timeout_s=timeout_s)
         except PeerError as exc:
             raise PeerError(self.process.failure(f"{exc}: {self.link()}")) from exc
-
-    # Section: its end
-
-    def quit(self) -> None:
-        """An orderly end: SIGTERM, and exit status 0."""
-        self.qmp.close()
-        status = self.process.terminate()
-        if status:
-            raise PeerError(self.process.failure(f"replnbd ended with {status}"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.qmp.close()
-        self.process.kill()
