@@ -8,6 +8,7 @@ import struct
 from dataclasses import dataclass, field
 
 import pytest
+from garble import garbled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -500,20 +501,10 @@ def test_pieces_of_any_size_say_the_same(shape: str) -> None:
 @given(st.data())
 def test_a_server_that_says_anything_is_understood_or_left(shape: str, draw: st.DataObject) -> None:
     session, said_well = conversation(shape)
-    said = bytearray(said_well)
-    for _ in range(draw.draw(st.integers(1, 4))):
-        at = draw.draw(st.integers(0, len(said) - 1))
-        match draw.draw(st.sampled_from(["change", "cut", "insert"])):
-            case "change":
-                said[at] = draw.draw(st.integers(0, 255))
-            case "cut":
-                del said[at : at + draw.draw(st.integers(1, 60))]
-            case "insert":
-                said[at:at] = draw.draw(st.binary(max_size=40))
-        said = said or bytearray(b"\0")
+    said = garbled(draw, said_well)
     text = ""
     try:
-        session.say(bytes(said), draw.draw(st.sampled_from([17, 1000, 1 << 30])))
+        session.say(said, draw.draw(st.sampled_from([17, 1000, 1 << 30])))
     except ProtocolError as exc:
         text = str(exc)
     assert text.isprintable()

@@ -12,6 +12,7 @@ import copy
 import errno
 import random
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from replication_model import ModelDisk
 from replication_support import Layout
@@ -61,6 +62,37 @@ class Machine:
         else:
             return False
         return True
+
+
+class Mortal(Protocol):
+    """What runs on a machine, one process after the other."""
+
+    machine: Machine
+    group: Group
+    log: list[str]
+
+    async def boot(self) -> None:
+        """A process begins."""
+
+
+async def revive(life: Mortal, *, odds: float, operations_max: int) -> None:
+    """The next process; with these odds that dies, too, within so many operations, and the next."""
+    machine = life.machine
+    for attempt in range(6):
+        # The process is gone, and what it does in the background.
+        life.group.keeper._stopped = True
+        machine.next_process()
+        if attempt < 5 and machine.rng.random() < odds:
+            machine.die_at = machine.rng.randrange(1, operations_max)
+        try:
+            await life.boot()
+        except OSError:
+            assert machine.dead
+            continue
+        if not machine.dead:
+            break
+    machine.die_at = None
+    life.log.append("recovered")
 
 
 class MortalFile(PassThrough):
@@ -329,23 +361,7 @@ class Life:
 
     async def recover(self) -> None:
         """The next process, and if that one dies too, the next; then all bytes are compared."""
-        rng = self.machine.rng
-        for attempt in range(6):
-            self.group.keeper._stopped = (
-                True  # the process is gone, and what it does in the background
-            )
-            self.machine.next_process()
-            if attempt < 5 and rng.random() < 0.3:
-                self.machine.die_at = rng.randrange(1, 30)
-            try:
-                await self.boot()
-            except OSError:
-                assert self.machine.dead
-                continue
-            if not self.machine.dead:
-                break
-        self.machine.die_at = None
-        self.log.append("recovered")
+        await revive(self, odds=0.3, operations_max=30)
         await self.check_images()
         await self.compare()
         for disk, model in zip(self.group.disks, self.models, strict=True):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from crash_world import SIZE, Machine, make_files
+from crash_world import SIZE, Machine, make_files, revive
 from replication_support import Layout
 
 from replnbd.block import BlockNode, read_bytes
@@ -253,20 +253,7 @@ class PeerLife:
 
     async def recover(self) -> None:
         """The next process, and if that one dies too, the next."""
-        for attempt in range(6):
-            self.group.keeper._stopped = True
-            self.machine.next_process()
-            if attempt < 5 and self.rng.random() < 0.4:
-                self.machine.die_at = self.rng.randrange(1, 20)
-            try:
-                await self.boot()
-            except OSError:
-                assert self.machine.dead
-                continue
-            if not self.machine.dead:
-                break
-        self.machine.die_at = None
-        self.log.append("recovered")
+        await revive(self, odds=0.4, operations_max=20)
         await self.check()
 
     async def check(self) -> None:
