@@ -18,7 +18,10 @@ from replnbd.block import connect_nbd, parse_nbd_uri
 from replnbd.errors import ProtocolError
 
 LATE_S = 3.0
-"""A client that has not ended by then hangs."""
+"""How long a client waits for an answer."""
+
+HANGS_S = 100.0
+"""A client that has not ended by then hangs; a machine may stand still for half a minute."""
 
 
 async def talk(
@@ -45,7 +48,7 @@ async def talk(
 
 async def ends_in_time(address: str, timeout_s: float = LATE_S) -> BaseException | None:
     """How `talk` ended; with data that is right, or with an error of the two kinds there are."""
-    async with asyncio.timeout(10 * LATE_S):
+    async with asyncio.timeout(HANGS_S):
         try:
             data, found = await talk(address, timeout_s)
         except (OSError, ProtocolError) as exc:

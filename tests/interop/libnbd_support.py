@@ -39,14 +39,18 @@ CONTEXTS = {NAME: [BASE, DEPTH, DIRTY, RESYNC, DIGEST], TOP: [BASE, DEPTH, DIRTY
 
 
 def patchy(rng: random.Random, size: int, *, run_max: int = 16) -> bytes:
-    """A disk's content: runs of up to `run_max` blocks of random bytes and of zeroes, by turns."""
+    """A disk's content: runs of up to `run_max` blocks of random bytes and of zeroes, by turns.
+
+    What is behind the last whole block is random: a file system makes no hole of it once it was
+    data, so a new file with zeroes there would have another map than a disk that got them."""
     content = bytearray()
     zeroes = False
     while len(content) < size:
         length = BLOCK * rng.randint(1, run_max)
         content += bytes(length) if zeroes else rng.randbytes(length)
         zeroes = not zeroes
-    return bytes(content[:size])
+    tail = size % BLOCK
+    return bytes(content[: size - tail]) + rng.randbytes(tail)
 
 
 def data_blocks(content: bytes | bytearray) -> Iterator[tuple[int, bytes]]:
