@@ -13,7 +13,7 @@ copy flushed, what was not written since is proven.
 
 A replnbd keeps the order of overlapping requests of one connection. Others do not (of two writes to
 one block in flight the second one lost in 0.1 to 1 % of the cases with QEMU, in 30 % with nbdkit):
-what is still in flight there is not written again, but falls behind.
+there, what overlaps is kept here until all before it has been answered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from functools import partial
 from replnbd.block import GRANULE, Buffer, DirtyMap
 from replnbd.block.nbd_connection import NbdConnection
 from replnbd.nbd import constants as c
-from replnbd.replication.in_flight import Epoch, InFlight
+from replnbd.replication.in_flight import Epoch, Flight, InFlight
 
 QUEUE_BYTES_MAX = 32 << 20
 """Of payloads that the copy has not acknowledged: 30 ms of what a network of 10 Gbit/s takes."""
@@ -242,11 +242,12 @@ class Forwarder:
         self, command: int, offset: int, length: int, payload: Buffer | None = None
     ) -> asyncio.Future[None]:
         answered = asyncio.get_running_loop().create_future()
-        epoch, in_flight = self._epoch, None if self.ours else self._in_flight
+        epoch, connection = self._epoch, self.connection
+        flight = None if connection is None else self._new_flight(offset, length)
 
         def done(failure: OSError | None) -> None:
-            if in_flight is not None:
-                self._arrived(in_flight, offset, length, failure)
+            if flight is not None:
+                self._arrived(flight, offset, length, failure)
             if failure is not None:
                 self.dirty.fall_behind(offset, length)
             epoch.leave()
@@ -257,13 +258,12 @@ class Forwarder:
                     answered.set_exception(failure)
 
         epoch.in_flight += 1
-        if in_flight is not None:
-            in_flight.add(offset, length)
-        if self.connection is None:
+        if connection is None:
             done(_no_way())
         else:
             self.bytes_sent += length if payload is not None else 0
-            self.connection.submit(command, 0, offset, length, payload=payload, done=done)
+            submit = _submitter(connection, flight)
+            submit(command, 0, offset, length, payload=payload, done=done)
         return answered
 
     # Section: inside
@@ -280,9 +280,6 @@ class Forwarder:
         assert isinstance(entered, Epoch)
         answered = asyncio.get_running_loop().create_future() if self.sync else None
         try:
-            if answered is not None and not self.ours:
-                # It would fall behind, and be acknowledged before the copy has it.
-                await self._in_flight.wait_without(offset, length)
             # In its own epoch, whose end may have come: that waits for what was marked before it.
             self._post(entered, command, flags, offset, length, payload, answered)
             if answered is not None and await answered is not None:
@@ -308,7 +305,7 @@ class Forwarder:
             connection is None
             or self._gap
             or dirty.is_behind(offset, length)
-            or (answered is None and _is_full(connection))
+            or (answered is None and self._is_full(connection))
             or dirty.unproven > UNPROVEN_MAX
             or (not self.ours and self._cannot_send(connection, offset, length, payload))
         ):
@@ -319,11 +316,19 @@ class Forwarder:
         epoch.in_flight += 1
         if payload is not None:
             self.bytes_sent += length
-        in_flight = None if self.ours else self._in_flight
-        if in_flight is not None:
-            in_flight.add(offset, length)
-        done = partial(self._done, epoch, in_flight, offset, length, answered)
-        connection.submit(command, flags, offset, length, payload=payload, done=done)
+        flight = self._new_flight(offset, length)
+        done = partial(self._done, epoch, flight, offset, length, answered)
+        submit = _submitter(connection, flight)
+        submit(command, flags, offset, length, payload=payload, done=done)
+
+    def _new_flight(self, offset: int, length: int) -> Flight | None:
+        return None if self.ours else Flight(self._in_flight, offset, length)
+
+    def _is_full(self, connection: NbdConnection) -> bool:
+        held = self._in_flight
+        count = connection.requests_outstanding + held.requests_held
+        size = connection.bytes_outstanding + held.bytes_held
+        return size > QUEUE_BYTES_MAX or count > QUEUE_REQUESTS_MAX
 
     def _fall_behind(self, offset: int, length: int) -> None:
         self.dirty.fall_behind(offset, length)
@@ -334,8 +339,8 @@ class Forwarder:
     def _cannot_send(
         self, connection: NbdConnection, offset: int, length: int, payload: Buffer | None
     ) -> bool:
-        """Of a target that is no replnbd: whether it must not have this request, or not now."""
-        if (offset | length) % connection.block_size_min or (offset, length) in self._in_flight:
+        """Of a target that is no replnbd: whether it does not take this request."""
+        if (offset | length) % connection.block_size_min:
             return True
         if payload is None:
             return not connection.can_zero
@@ -344,14 +349,14 @@ class Forwarder:
     def _done(
         self,
         epoch: Epoch,
-        in_flight: InFlight | None,
+        flight: Flight | None,
         offset: int,
         length: int,
         answered: asyncio.Future[OSError | None] | None,
         failure: OSError | None,
     ) -> None:
-        if in_flight is not None:
-            self._arrived(in_flight, offset, length, failure)
+        if flight is not None:
+            self._arrived(flight, offset, length, failure)
         if failure is not None:
             self._lossy = self.refused = True
             self._fall_behind(offset, length)
@@ -360,10 +365,8 @@ class Forwarder:
         if answered is not None and not answered.done():
             answered.set_result(failure)
 
-    def _arrived(
-        self, in_flight: InFlight, offset: int, length: int, failure: OSError | None
-    ) -> None:
-        in_flight.remove(offset, length)
+    def _arrived(self, flight: Flight, offset: int, length: int, failure: OSError | None) -> None:
+        flight.leave()
         if failure is not None and (self.connection is None or self.connection.closed):
             # A server may do it yet, after what the next connection sends.
             self.dirty.late.update(range(offset // GRANULE, (offset + length - 1) // GRANULE + 1))
@@ -389,11 +392,8 @@ class Forwarder:
             self._flush_copy(connection)
 
 
-def _is_full(connection: NbdConnection) -> bool:
-    return (
-        connection.bytes_outstanding > QUEUE_BYTES_MAX
-        or connection.requests_outstanding > QUEUE_REQUESTS_MAX
-    )
+def _submitter(connection: NbdConnection, flight: Flight | None) -> Callable[..., object]:
+    return connection.submit if flight is None else partial(flight.submit, connection)
 
 
 def _no_way() -> OSError:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from replnbd.block import Buffer, NbdConnection
+from replnbd.nbd import Done
 
 
 class Epoch:
@@ -27,41 +32,93 @@ class Epoch:
             await self._answered
 
 
+class Flight:
+    """A request to a target that keeps no order."""
+
+    __slots__ = ("_blocks", "_cost", "_owner", "_submit", "waits")
+
+    def __init__(self, owner: InFlight, offset: int, length: int) -> None:
+        self._owner = owner
+        self._blocks = blocks = _blocks(offset, length)
+        self._submit: Callable[[], object] | None = None
+        self._cost = 0  # in memory, while it waits
+        self.waits = owner.queue(self, blocks)
+        """In how many blocks something is before it: it must not be sent before that is 0."""
+
+    def submit(
+        self,
+        connection: NbdConnection,
+        command: int,
+        flags: int,
+        offset: int,
+        length: int,
+        *,
+        payload: Buffer | None,
+        done: Done,
+    ) -> None:
+        """`NbdConnection.submit`, now or as soon as nothing is before it."""
+        if self.waits and payload is not None:
+            payload = bytes(payload)  # the caller's may change
+        submit = partial(
+            connection.submit, command, flags, offset, length, payload=payload, done=done
+        )
+        if not self.waits:
+            submit()
+            return
+        self._submit, self._cost = submit, 0 if payload is None else length
+        self._owner.requests_held += 1
+        self._owner.bytes_held += self._cost
+
+    def step(self) -> None:
+        """In one block more, nothing is before it."""
+        self.waits -= 1
+        if not self.waits and self._submit is not None:
+            self._owner.requests_held -= 1
+            self._owner.bytes_held -= self._cost
+            self._submit()
+
+    def leave(self) -> None:
+        """It is answered: what waited for it is sent."""
+        for following in self._owner.unqueue(self._blocks):
+            following.step()
+
+
 class InFlight:
-    """The blocks of 4 KiB in which something is in flight; for targets that keep no order."""
+    """What is in flight, by blocks of 4 KiB: what overlaps is sent one after the other."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, int] = {}
+        self.requests_held = self.bytes_held = 0
+        """Of what waits for others."""
+        self._queues: dict[int, list[Flight]] = {}
+        """Of each block; the first one is on its way."""
         self._left = asyncio.Event()
 
-    def __contains__(self, span: tuple[int, int]) -> bool:
-        offset, length = span
-        blocks = self._blocks
-        if not blocks:
-            return False
-        wanted = _blocks(offset, length)
-        if len(wanted) > len(blocks):
-            return any(block in wanted for block in blocks)
-        return any(block in blocks for block in wanted)
+    def queue(self, flight: Flight, blocks: range) -> int:
+        """Put it behind all that is there; in how many of the blocks something is."""
+        queues, waits = self._queues, 0
+        for block in blocks:
+            queue = queues.setdefault(block, [])
+            queue.append(flight)
+            waits += len(queue) > 1
+        return waits
 
-    def add(self, offset: int, length: int) -> None:
-        """A request is sent."""
-        blocks = self._blocks
-        for block in _blocks(offset, length):
-            blocks[block] = blocks.get(block, 0) + 1
-
-    def remove(self, offset: int, length: int) -> None:
-        """It is answered."""
-        blocks = self._blocks
-        for block in _blocks(offset, length):
-            left = blocks.pop(block) - 1
-            if left:
-                blocks[block] = left
+    def unqueue(self, blocks: range) -> list[Flight]:
+        """Remove the first ones, which are one; the first ones then, once for each block."""
+        queues, following = self._queues, []
+        for block in blocks:
+            queue = queues[block]
+            del queue[0]
+            if queue:
+                following.append(queue[0])
+            else:
+                del queues[block]
         self._left.set()
+        return following
 
     async def wait_without(self, offset: int, length: int) -> None:
         """Until nothing is in flight in a range where nothing begins any more."""
-        while (offset, length) in self:
+        blocks = _blocks(offset, length)
+        while any(block in self._queues for block in blocks):
             self._left.clear()
             await self._left.wait()
 

@@ -88,9 +88,12 @@ async def test_a_disk_with_a_child_ignores_replication_and_keeps_its_history(wor
     assert world.disk.stage is Stage.NONE
 
 
-async def test_a_checkpoint_waits_for_what_has_fallen_behind(world: World) -> None:
+async def test_a_checkpoint_waits_for_what_has_fallen_behind(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replnbd.replication.forwarder.QUEUE_BYTES_MAX", 0)
     await world.daemon.add_child("vm0", "nbd0")
-    for data in (b"in flight", b"and again"):  # which is not sent before the first has arrived
+    for data in (b"in flight", b"and more than may be"):
         await world.write(0, data)
     assert world.disk.history.map.behind == 1
     await world.daemon.checkpoint()

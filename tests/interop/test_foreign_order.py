@@ -10,6 +10,7 @@ import pytest
 from foreign_support import GRANULE, IMPATIENT, SIZE, Foreign, nbdkit, qemu_nbd
 from interop_support import KIB, MIB
 from peers import wait_until
+from peers.nbd_client import CMD_WRITE
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -30,6 +31,29 @@ def test_what_is_about_to_be_written_is_taken_for_no_hole(short_dir: Path, lengt
         world.client.write_zeroes(MIB, length)
         world.content[MIB : MIB + length] = bytes(length)
         world.compare()
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_target_stays_in_step_while_a_few_blocks_are_written_all_the_time(
+    short_dir: Path, sync: bool
+) -> None:
+    """What has to wait for the write before it waits here, and is not copied later on."""
+    server = nbdkit(short_dir, "--filter=delay", "memory", str(SIZE), "delay-write=3ms")
+    with Foreign(short_dir, server, sync=sync) as world:
+        world.begin()
+        copied = world.primary.link()["copied-bytes"]
+        with world.primary.connect() as client:
+            for _ in range(20):
+                pending = set()
+                for _ in range(48):
+                    offset, data = MIB + 512 * world.rng.randrange(24), world.rng.randbytes(4 * KIB)
+                    pending.add(client.send(CMD_WRITE, offset, len(data), data))
+                    world.content[offset : offset + len(data)] = data
+                client.finish(pending)
+                link = world.primary.link()
+                assert (link["state"], link["behind-bytes"]) == ("live", 0)
+        world.compare()
+        assert world.primary.link()["copied-bytes"] == copied
 
 
 def test_a_write_of_a_lost_connection_does_not_win(short_dir: Path) -> None:

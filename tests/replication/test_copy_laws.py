@@ -84,8 +84,9 @@ async def test_what_a_foreign_copy_has_not_done_yet_is_waited_for_before_it_is_c
     connection.can_zero = connection.digests_known = True
     await world.gate.pwrite(0, b"x" * 4096)
     (write,) = connection.pending
-    await world.gate.write_zeroes(0, 4096)
-    assert world.dirty.behind == 1, "nothing is sent to where something is in flight"
+    await world.gate.pwrite(8192, b"y")  # less than a block: it is to be copied
+    await world.gate.write_zeroes(0, GRANULE)
+    assert world.dirty.behind == 1
     world.mirror()
     for _ in range(50):
         await asyncio.sleep(0)
@@ -97,6 +98,68 @@ async def test_what_a_foreign_copy_has_not_done_yet_is_waited_for_before_it_is_c
     await world.settle()
     assert world.dirty.behind == 0
     assert not any(world.remote.data)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+async def test_a_block_that_is_written_again_and_again_does_not_fall_behind(sync: bool) -> None:
+    """A foreign copy gets one after the other, the last one last."""
+    world = World(5, ours=False, sync=sync, slowness=0.0)
+    connection = world.connect()
+    connection.can_zero = True
+    rng = world.rng
+    writes = [
+        world.spawn(world.gate.pwrite(512 * rng.randrange(24), bytes([n + 1]) * 512 * 8))
+        for n in range(40)  # as much as may wait
+    ]
+    writes.append(world.spawn(world.gate.write_zeroes(4096, 512)))
+    for _ in range(1000):
+        await asyncio.sleep(0)
+        pending = [request for request in connection.pending if request.command != c.CMD_FLUSH]
+        for at, request in enumerate(pending):
+            assert not any(request.overlaps(before) for before in pending[:at])
+        if rng.random() < 0.5:
+            connection.step()
+        assert world.dirty.behind == 0
+    await world.settle()
+    assert all(write.done() for write in writes)
+    assert world.local.data == world.remote.data
+    assert world.fell_behind == 0
+
+
+async def test_what_waits_for_a_foreign_copy_is_bounded_too() -> None:
+    world = World(5, ours=False, slowness=0.0)
+    connection = world.connect()
+    connection.silent = True
+    for number in range(100):
+        await world.gate.pwrite(0, bytes([number]) * 4096)
+        held = world.forwarder._in_flight.bytes_held
+        assert connection.bytes_outstanding + held <= forwarder_module.QUEUE_BYTES_MAX + 4096 + 32
+    assert len(connection.pending) == 1
+    assert held > 2 * GRANULE
+    assert world.dirty.behind == 1
+    connection.silent = False
+    world.mirror()
+    await world.settle()
+    assert world.local.data == world.remote.data
+    assert world.forwarder._in_flight.bytes_held == 0
+    assert world.forwarder._in_flight.requests_held == 0
+
+
+async def test_what_waits_for_a_foreign_copy_is_over_when_the_way_is_lost() -> None:
+    world = World(5, ours=False, slowness=0.0)
+    world.connect().silent = True
+    for number in range(10):
+        await world.gate.pwrite(512 * number, bytes([number]) * 4096)
+    world.lose()
+    world.connect()
+    world.mirror()
+    await world.settle()
+    world.land_late(all_of_it=True)
+    world.mirror()
+    await world.settle()
+    assert world.local.data == world.remote.data
+    await asyncio.gather(world.forwarder.prove(), world.settle())
+    assert world.dirty.dirty == 0
 
 
 async def test_what_a_foreign_copy_may_lose_is_flushed_before_it_is_found_equal() -> None:
