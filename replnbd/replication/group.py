@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import functools
 import logging
 from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Mapping,
     Sequence,
 )
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, ParamSpec
 
 from replnbd.errors import StateError
 from replnbd.replication.companions import Companions
@@ -47,12 +44,10 @@ from replnbd.replication.journal import (
     Layer,
     Record,
 )
-from replnbd.replication.keeper import Keeper, keep_task
+from replnbd.replication.keeper import Keeper, whole
 from replnbd.replication.stage import Command, Stage
 
 log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
 
 _BOTH = (Layer.ACTIVE, Layer.HIDDEN)
 _DROPPED = {
@@ -61,19 +56,6 @@ _DROPPED = {
     FailoverTarget.LATEST: _BOTH,
 }
 """What a failover does not bring into the disk."""
-
-
-def _whole(
-    command: Callable[P, Coroutine[Any, Any, None]],
-) -> Callable[P, Coroutine[Any, Any, None]]:
-    """Run a command to its end even if its caller is cancelled (a client that timed out): half of
-    one would leave disks in stages that do not belong together."""
-
-    @functools.wraps(command)
-    async def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        await asyncio.shield(keep_task(command(*args, **kwargs)))
-
-    return run
 
 
 class Group:
@@ -137,7 +119,7 @@ class Group:
                 return disk.replication_error
         return None
 
-    @_whole
+    @whole
     async def start(self, mode: str = "secondary") -> None:
         """Stage *none* to *running*, with a first checkpoint. All or nothing, and can be tried
         again. StateError with QEMU's texts."""
@@ -156,7 +138,7 @@ class Group:
                     disk.run()
                 await self.keeper.settle()
 
-    @_whole
+    @whole
     async def checkpoint(self) -> None:
         """The view becomes the secondary disk as it is now; the standby's writes are dropped. Of a
         disk that has taken over: until its new standby has what was written, as a primary's."""
@@ -173,7 +155,7 @@ class Group:
                     disk.checkpointed()
                 await self.keeper.settle()
 
-    @_whole
+    @whole
     async def stop(self) -> None:
         """Stage *running* to *done* with empty overlays: each disk is the primary's latest."""
         async with self.keeper.turn():
@@ -186,7 +168,7 @@ class Group:
                 await self.keeper.settle()
             await ended(ending)
 
-    @_whole
+    @whole
     async def failover(self, target: FailoverTarget | None = None) -> None:
         """Fence the primary and make `target` (by default what the standby sees) the disk; from
         *failover-failed*, try the commit again. Returns when the commits have begun.
@@ -238,7 +220,7 @@ class Group:
                 " together; make a good checkpoint first"
             )
 
-    @_whole
+    @whole
     async def replicate(self, to: Mapping[str, str]) -> None:
         """After a failover: the disks, by name, are sent to standbys at these URIs from now on.
         StateError, naming the disk that it cannot be of."""
@@ -259,7 +241,7 @@ class Group:
         if failed:
             raise StateError("; ".join(f"'{disk.name}': {disk.error}" for disk in failed))
 
-    @_whole
+    @whole
     async def reset(self, *, force: bool = False) -> None:
         """From *done* or *failover-failed* back to *none*, with empty overlays and no fence.
 
@@ -288,7 +270,7 @@ class Group:
                     disk.reset()
                 await self.keeper.settle()
 
-    @_whole
+    @whole
     async def close(self) -> None:
         """An orderly end: jobs stop, everything is flushed and closed. No exports any more.
         OSError if a disk could not be flushed; all others are closed well even then."""

@@ -8,10 +8,11 @@ not data; and it ends by itself once a store succeeds.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ParamSpec
 
 import msgspec
 
@@ -20,6 +21,8 @@ from replnbd.errors import StateError
 from replnbd.replication.journal import DiskRecord, FileStamp, Journal, Record
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 RETRY_S = 1.0
 """How often a suspended group tries to write its journal."""
@@ -34,6 +37,19 @@ def keep_task(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     _TASKS.add(task)
     task.add_done_callback(_TASKS.discard)
     return task
+
+
+def whole(
+    command: Callable[P, Coroutine[Any, Any, None]],
+) -> Callable[P, Coroutine[Any, Any, None]]:
+    """Run a command to its end even if its caller is cancelled (a client that timed out): half of
+    one would leave disks in stages that do not belong together."""
+
+    @functools.wraps(command)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        await asyncio.shield(keep_task(command(*args, **kwargs)))
+
+    return run
 
 
 class Keeper:

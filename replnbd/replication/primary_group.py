@@ -10,6 +10,7 @@ from replnbd.errors import StateError
 from replnbd.replication.companions import Companions
 from replnbd.replication.group_steps import check_mode
 from replnbd.replication.journal import FailoverTarget
+from replnbd.replication.keeper import whole
 from replnbd.replication.primary import PrimaryDisk
 from replnbd.replication.stage import Command, Stage
 
@@ -34,6 +35,7 @@ class PrimaryGroup:
                 return disk.replication_error
         return None
 
+    @whole
     async def start(self, mode: str = "primary") -> None:
         """Stage *none* to *running*: what the standby lacks is copied, what is written is sent.
         StateError with QEMU's texts."""
@@ -58,16 +60,19 @@ class PrimaryGroup:
             disks = self._moving(Command.CHECKPOINT, "primary")
             await asyncio.gather(*(disk.wait_in_step() for disk in disks))
 
+    @whole
     async def stop(self, mode: str = "primary") -> None:
         """Stage *running* to *done*: nothing is sent any more, all is marked."""
         await self._stop(Command.STOP, mode)
 
+    @whole
     async def failover(self, target: FailoverTarget | None = None) -> None:
         """The same: a primary has nothing to take over."""
         if target is not None:
             raise StateError("a primary has no view: 'x-replnbd-to' is for the standby")
         await self._stop(Command.FAILOVER, "primary")
 
+    @whole
     async def reset(self, *, force: bool = False) -> None:
         """From *done* back to *none*. With `force`, in *none*: whatever the disk and its standby
         have in common is forgotten, and everything is compared at the next start."""
@@ -91,6 +96,7 @@ class PrimaryGroup:
                 raise StateError("replnbd is shutting down")
             yield
 
+    @whole
     async def demote(self) -> None:
         """All disks are a standby's from now on, and are about to be closed. StateError if that
         cannot be recorded."""

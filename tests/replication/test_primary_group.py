@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 
 import pytest
@@ -117,3 +118,17 @@ async def test_a_write_without_a_standby_is_marked_and_is_no_error() -> None:
     await group.stop()
     assert disk.replication_error is None
     await group.close()
+
+
+async def test_a_command_whose_caller_gives_up_is_done_whole() -> None:
+    for turns in range(1, 30):
+        group, _ = await primaries(Stage.NONE, Stage.NONE, Stage.NONE)
+        for command, stage in ((group.start, "running"), (group.stop, "done")):
+            caller = asyncio.create_task(command())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            caller.cancel()
+            await asyncio.wait([caller])
+            async with group.between_commands():
+                assert stages(group) == [stage] * 3, f"cancelled after {turns} turns"
+        await group.close()
