@@ -71,6 +71,6 @@ class Notifier:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(timeout_s)
                 sock.connect(self._address)
-                sock.send(text.encode())
+                sock.send(os.fsencode(text))  # a path may be no UTF-8
         except OSError as exc:
             log.warning("cannot tell the service manager %r: %s", text.splitlines()[0], exc)
