@@ -31,6 +31,10 @@ RESPONSE_TIMEOUT_S = 30.0
 """How long a server may let us wait for anything, while it owes us replies. A disk that is busy
 flushing takes seconds; the kernel's own NBD client gives up after 30 s, too."""
 
+STUCK_TIMEOUTS = 4
+"""How many times as long one request may take while others are answered: to flush a busy disk that
+has much to write takes a minute."""
+
 CLOSE_TIMEOUT_S = 2.0
 """How long a server may take to answer what is outstanding, and to hang up, when we leave."""
 
@@ -85,6 +89,7 @@ class NbdSession(asyncio.BufferedProtocol):
         self._tick_s = response_timeout_s / _TICKS
         self._silent_ticks = 0
         self._seen = (0, 0, 0)
+        self._stuck_ticks = self._oldest = 0
         self._bytes_arrived = self._bytes_written = 0
 
     # Section: the session's life
@@ -177,7 +182,7 @@ class NbdSession(asyncio.BufferedProtocol):
             callback(self._reason)
 
     def _tick(self) -> None:
-        """The watch: end a session in which replies are owed and none comes."""
+        """The watch: end a session in which replies are owed and none comes, or one does not."""
         replies = self._replies
         seen = (
             self._cookie - len(replies.pending),
@@ -186,13 +191,27 @@ class NbdSession(asyncio.BufferedProtocol):
         )
         alive = not replies.pending or seen != self._seen
         self._seen = seen
+        self._stuck_ticks = self._stuck_ticks + 1 if self._is_stuck() else 0
         self._silent_ticks = 0 if alive else self._silent_ticks + 1
         if self._silent_ticks > _TICKS:
             silent_s = self._tick_s * _TICKS
             text = f"{self.name}: the server has not answered for {silent_s:g} s"
             self._end(OSError(errno.ETIMEDOUT, text))
+        elif self._stuck_ticks > STUCK_TIMEOUTS * _TICKS:
+            stuck_s = self._tick_s * self._stuck_ticks
+            text = f"{self.name}: the server has left a request unanswered for {stuck_s:g} s"
+            self._end(OSError(errno.ETIMEDOUT, text))
         else:
             self._watch = self._loop.call_later(self._tick_s, self._tick)
+
+    def _is_stuck(self) -> bool:
+        """Whether the oldest request is the one of the last tick: all of it is sent, and its reply
+        has not begun, whatever becomes of others."""
+        pending = self._replies.pending
+        before, self._oldest = self._oldest, next(iter(pending), 0)
+        if not self._oldest or self._oldest != before or self._transport.get_write_buffer_size():
+            return False
+        return pending[self._oldest][5] is None
 
     # Section: the transport's callbacks
 

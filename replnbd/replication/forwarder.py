@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial
 
 from replnbd.block import GRANULE, Buffer, DirtyMap
@@ -33,6 +34,9 @@ QUEUE_BYTES_MAX = 32 << 20
 
 QUEUE_REQUESTS_MAX = 16 << 10
 """Of requests: one takes 600 bytes of memory, however short it is."""
+
+QUEUE_BLOCKS_MAX = 64 << 10
+"""Of 4 KiB, in requests to a copy that keeps no order, however long: one takes 250 bytes."""
 
 UNPROVEN_MAX = 1 << 20
 """Granules. Beyond it (64 GiB written within an epoch, or trimmed) writes fall behind."""
@@ -81,7 +85,8 @@ class Forwarder:
         self._lossy = False
         """Whether the copy lacks something that clients were told is written."""
         self._in_flight = InFlight()
-        self._flushing = False
+        self._flush_turn = asyncio.Lock()
+        self._flushing: asyncio.Task[None] | None = None
         self._flush_again = False
 
     # Section: the way
@@ -131,11 +136,7 @@ class Forwarder:
             while self._ended:
                 await self._ended[0].wait_answered()
                 del self._ended[0]
-            try:
-                await connection.flush()
-            except OSError:
-                self._flush_failed(connection)
-                raise
+            await self._flush_in_turn(connection)
             await self._clear(sorted(granules), connection)
             if not self.dirty.behind:
                 self._lossy = False  # it has been copied meanwhile
@@ -199,15 +200,11 @@ class Forwarder:
         if connection is None or not connection.can_flush:
             return
         if self.sync:
-            try:
-                await connection.flush()
-            except OSError as exc:
-                self._on_bad("flush", exc, 0, self.dirty.size)
-                self._flush_failed(connection)
-        elif self._flushing:
-            self._flush_again = True  # one at a time: it costs more than a write
-        else:
-            self._flush_copy(connection)
+            await self._flush_copy(connection)
+            return
+        self._flush_again = True
+        if self._flushing is None:  # one at a time: it costs more than a write
+            self._flushing = asyncio.create_task(self._flush_while_asked(connection))
 
     # Section: copying (jobs.MirrorTarget)
 
@@ -217,20 +214,15 @@ class Forwarder:
         if not self.ours:
             await self._in_flight.wait_without(offset, length)
             if self.connection is not None:
-                await self.connection.flush()
+                await self._flush_in_turn(self.connection)
 
     def copy(self, offset: int, data: memoryview) -> Awaitable[object]:
         """Send what is here, which is not BEHIND any more; OSError from the awaitable: it is again.
         In pieces, if the copy does not take as much in one."""
         step = len(data) if self.connection is None else self.connection.payload_bytes_max
-        return asyncio.gather(
-            *(
-                self._send_copy(
-                    c.CMD_WRITE, offset + at, min(step, len(data) - at), data[at : at + step]
-                )
-                for at in range(0, len(data), step)
-            )
-        )
+        pieces = ((at, data[at : at + step]) for at in range(0, len(data), step))
+        sent = (self._send_copy(c.CMD_WRITE, offset + at, len(x), x) for at, x in pieces)
+        return asyncio.gather(*sent)
 
     def copy_zeroes(self, offset: int, length: int) -> Awaitable[object]:
         """The same of zeroes."""
@@ -249,7 +241,8 @@ class Forwarder:
             if flight is not None:
                 self._arrived(flight, offset, length, failure)
             if failure is not None:
-                self.dirty.fall_behind(offset, length)
+                self.refused = True
+                self._fall_behind(offset, length)
             epoch.leave()
             if not answered.done():
                 if failure is None:
@@ -282,7 +275,7 @@ class Forwarder:
         try:
             # In its own epoch, whose end may have come: that waits for what was marked before it.
             self._post(entered, command, flags, offset, length, payload, answered)
-            if answered is not None and await answered is not None:
+            if answered is not None and (await answered is not None or self._gap):
                 await self._before_alone()  # before the client is told
         finally:
             entered.leave()
@@ -325,10 +318,8 @@ class Forwarder:
         return None if self.ours else Flight(self._in_flight, offset, length)
 
     def _is_full(self, connection: NbdConnection) -> bool:
-        held = self._in_flight
-        count = connection.requests_outstanding + held.requests_held
-        size = connection.bytes_outstanding + held.bytes_held
-        return size > QUEUE_BYTES_MAX or count > QUEUE_REQUESTS_MAX
+        size, count, blocks = self._in_flight.outstanding(connection)
+        return size > QUEUE_BYTES_MAX or count > QUEUE_REQUESTS_MAX or blocks > QUEUE_BLOCKS_MAX
 
     def _fall_behind(self, offset: int, length: int) -> None:
         self.dirty.fall_behind(offset, length)
@@ -342,9 +333,7 @@ class Forwarder:
         """Of a target that is no replnbd: whether it does not take this request."""
         if (offset | length) % connection.block_size_min:
             return True
-        if payload is None:
-            return not connection.can_zero
-        return length > connection.payload_bytes_max
+        return not connection.can_zero if payload is None else length > connection.payload_bytes_max
 
     def _done(
         self,
@@ -360,7 +349,8 @@ class Forwarder:
         if failure is not None:
             self._lossy = self.refused = True
             self._fall_behind(offset, length)
-            self._on_bad("write", failure, offset, length)
+            if self.connection is not None:  # else it was we who ended the way
+                self._on_bad("write", failure, offset, length)
         epoch.leave()
         if answered is not None and not answered.done():
             answered.set_result(failure)
@@ -379,17 +369,26 @@ class Forwarder:
             self._gap = self._in_step
             self._on_behind()
 
-    def _flush_copy(self, connection: NbdConnection) -> None:
-        self._flushing, self._flush_again = True, False
-        connection.submit(c.CMD_FLUSH, 0, 0, 0, done=partial(self._flushed, connection))
+    async def _flush_in_turn(self, connection: NbdConnection) -> None:
+        """Of two flushes at a time, a disk may tell one alone that what both are about is lost."""
+        async with nullcontext() if self.ours else self._flush_turn:
+            try:
+                await connection.flush()
+            except OSError:
+                self._flush_failed(connection)
+                raise
 
-    def _flushed(self, connection: NbdConnection, failure: OSError | None) -> None:
-        self._flushing = False
-        if failure is not None:
-            self._on_bad("flush", failure, 0, self.dirty.size)
-            self._flush_failed(connection)
-        elif self._flush_again and self.connection is connection:
-            self._flush_copy(connection)
+    async def _flush_copy(self, connection: NbdConnection) -> None:
+        try:
+            await self._flush_in_turn(connection)
+        except OSError as exc:
+            self._on_bad("flush", exc, 0, self.dirty.size)
+
+    async def _flush_while_asked(self, connection: NbdConnection) -> None:
+        while self._flush_again and self.connection is connection:
+            self._flush_again = False
+            await self._flush_copy(connection)
+        self._flushing = None
 
 
 def _submitter(connection: NbdConnection, flight: Flight | None) -> Callable[..., object]:

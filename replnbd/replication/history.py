@@ -78,6 +78,9 @@ class History:
     def __init__(self, record: HistoryRecord, records: RecordFile[HistoryRecord]) -> None:
         self.record = record
         self.map = DirtyMap(record.size, records.file, MAP_START)
+        self.opened_at = asyncio.get_running_loop().time()
+        self.found_marks = False
+        """Whether a process before this one may have sent what has not arrived yet."""
         self._records = records
         self._lock = asyncio.Lock()
 
@@ -97,6 +100,7 @@ class History:
             )
         history = cls(record, records)
         await history.map.load()
+        history.found_marks = history.map.dirty > 0
         lost = not record.orderly and record.boot != boot
         await history._update(boot=boot, orderly=False, pair=None if lost else record.pair)
         return history

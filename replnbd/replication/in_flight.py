@@ -35,13 +35,14 @@ class Epoch:
 class Flight:
     """A request to a target that keeps no order."""
 
-    __slots__ = ("_blocks", "_cost", "_owner", "_submit", "waits")
+    __slots__ = ("_blocks", "_cost", "_left", "_owner", "_submit", "waits")
 
     def __init__(self, owner: InFlight, offset: int, length: int) -> None:
         self._owner = owner
         self._blocks = blocks = _blocks(offset, length)
         self._submit: Callable[[], object] | None = None
         self._cost = 0  # in memory, while it waits
+        self._left: asyncio.Future[None] | None = None
         self.waits = owner.queue(self, blocks)
         """In how many blocks something is before it: it must not be sent before that is 0."""
 
@@ -79,8 +80,16 @@ class Flight:
 
     def leave(self) -> None:
         """It is answered: what waited for it is sent."""
+        if self._left is not None and not self._left.done():
+            self._left.set_result(None)
         for following in self._owner.unqueue(self._blocks):
             following.step()
+
+    async def wait_left(self) -> None:
+        """Until it is answered."""
+        if self._left is None:
+            self._left = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._left)
 
 
 class InFlight:
@@ -91,7 +100,12 @@ class InFlight:
         """Of what waits for others."""
         self._queues: dict[int, list[Flight]] = {}
         """Of each block; the first one is on its way."""
-        self._left = asyncio.Event()
+
+    def outstanding(self, connection: NbdConnection) -> tuple[int, int, int]:
+        """What is on its way, with what waits here: bytes and requests; and in how many blocks."""
+        size = connection.bytes_outstanding + self.bytes_held
+        count = connection.requests_outstanding + self.requests_held
+        return size, count, len(self._queues)
 
     def queue(self, flight: Flight, blocks: range) -> int:
         """Put it behind all that is there; in how many of the blocks something is."""
@@ -112,15 +126,15 @@ class InFlight:
                 following.append(queue[0])
             else:
                 del queues[block]
-        self._left.set()
         return following
 
     async def wait_without(self, offset: int, length: int) -> None:
         """Until nothing is in flight in a range where nothing begins any more."""
-        blocks = _blocks(offset, length)
-        while any(block in self._queues for block in blocks):
-            self._left.clear()
-            await self._left.wait()
+        queues, blocks = self._queues, _blocks(offset, length)
+        found = blocks if len(blocks) < len(queues) else [each for each in queues if each in blocks]
+        for block in found:
+            while block in queues:
+                await queues[block][-1].wait_left()
 
 
 def _blocks(offset: int, length: int) -> range:

@@ -93,6 +93,8 @@ class Session:
         target = parse_nbd_uri(self._to)
         async with AsyncExitStack() as stack:
             self._peer = await connect_peer(target, stack)
+            if self._peer is None:
+                await self._wait_for_the_dead()
             decided = await self._compare()
             if self._peer is not None:
                 await say(self._peer, Enter(session=self._name))
@@ -113,6 +115,17 @@ class Session:
         self._wake.set()
 
     # Section: before anything is sent
+
+    async def _wait_for_the_dead(self) -> None:
+        """What a process before this one has sent may not be done yet: it must not be done after
+        what this one sends."""
+        if self._history.found_marks:
+            loop = asyncio.get_running_loop()
+            rest_s = self._history.opened_at + LATE_S - loop.time()
+            if rest_s > 0:
+                reason = f"what was sent before the last restart has {LATE_S:g} s to arrive"
+                self._link.set_state(LinkState.CONNECTING, reason)
+                await asyncio.sleep(rest_s)
 
     async def _compare(self) -> Plan:
         """What has to be done; Refused if it must not."""
@@ -164,10 +177,12 @@ class Session:
                 if not self._must_sync and self._link.others_ready:
                     self._link.set_state(LinkState.LIVE)
                     await self._wake.wait()
-                elif self._must_sync:  # until the others are ready, too
+                elif self._must_sync or self._peer is None:  # until the others are ready, too
+                    self._link.set_state(LinkState.SYNCING)
                     await self._wake.wait()
             self._check_way()
-            if self._history.map.behind or (not self._must_sync and not self._link.others_ready):
+            left_alone = self._peer is not None and not self._link.others_ready
+            if self._history.map.behind or (left_alone and not self._must_sync):
                 await self._begin(Plan.INCREMENTAL)
                 self._forwarder.go_on()
 

@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,34 @@ async def test_a_server_that_does_not_read_is_given_up(short_dir: Path) -> None:
         assert caught.value.errno == errno.ETIMEDOUT
         await connection.close()
         over.set()
+
+
+@on_both_loops
+async def test_a_server_that_never_answers_one_request_is_given_up(short_dir: Path) -> None:
+    """Though it answers all others."""
+
+    async def answer_all_but_one(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        while header := await reader.readexactly(32):
+            cookie = int.from_bytes(header[8:16])
+            if cookie != 3:
+                writer.write(chunk(0, cookie, 0))
+
+    async with entered(short_dir, answer_all_but_one) as address:
+        connection = await connect_nbd(parse_nbd_uri(address), response_timeout_s=0.1)
+        for _ in range(2):
+            await connection.flush()
+        left = asyncio.ensure_future(connection.flush())
+        await asyncio.sleep(0)
+        begin = asyncio.get_running_loop().time()
+        while not left.done() and asyncio.get_running_loop().time() < begin + HANGS_S:
+            with suppress(OSError):
+                await connection.flush()
+        with pytest.raises(OSError, match=r"left a request unanswered for 0\.4") as caught:
+            await left
+        assert caught.value.errno == errno.ETIMEDOUT
+        await connection.close()
 
 
 @pytest.mark.slow

@@ -159,8 +159,12 @@ class FakeConnection:
         request = self.rng.choice(ready)
         if request.landed or (request.command == STATUS):
             self.answer(request, None)
-        elif request.command != c.CMD_FLUSH and self.rng.random() < self.refusals:
-            if self.rng.random() < 0.3:  # a part of it is done
+        elif self.rng.random() < self.refusals and (
+            request.command != c.CMD_FLUSH or not self.ours
+        ):
+            if request.command == c.CMD_FLUSH:  # what was not durable is lost, and told this once
+                self.remote.data[:] = self.remote.durable
+            elif self.rng.random() < 0.3:  # a part of it is done
                 self._land_in_part(request)
             self.answer(request, OSError(errno.ENOSPC, "refused"))
         else:

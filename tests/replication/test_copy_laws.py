@@ -8,7 +8,7 @@ import errno
 from collections.abc import Sequence
 
 import pytest
-from copy_world import FakeConnection, World, shrink
+from copy_world import FakeConnection, Request, World, shrink
 
 from replnbd.block.digest import GRANULE
 from replnbd.jobs import mirror
@@ -160,6 +160,120 @@ async def test_what_waits_for_a_foreign_copy_is_over_when_the_way_is_lost() -> N
     assert world.local.data == world.remote.data
     await asyncio.gather(world.forwarder.prove(), world.settle())
     assert world.dirty.dirty == 0
+
+
+async def test_a_flush_that_fails_while_another_is_under_way_is_no_proof_of_either() -> None:
+    """A disk tells one of two, which were about the same writes."""
+    world = World(5, ours=False, slowness=0.0)
+    connection = world.connect()
+    await world.gate.pwrite(0, b"x" * 4096)
+    (write,) = connection.pending
+    world.remote.land(write)
+    connection.answer(write, None)
+    await world.forwarder.flush()
+    await asyncio.sleep(0)
+    (flush,) = connection.pending
+    proving = world.spawn(world.forwarder.prove())
+    for _ in range(20):
+        await asyncio.sleep(0)
+        for request in tuple(connection.pending):
+            if request is not flush:
+                connection.answer(request, None)
+    assert not proving.done()
+    world.remote.data[:] = world.remote.durable
+    connection.answer(flush, OSError(errno.EIO, "the disk has lost it"))
+    await world.settle()
+    assert world.dirty.behind == 1
+    assert world.bad == ["flush"]
+
+
+async def test_what_a_foreign_copy_loses_in_a_copys_flush_is_copied_again() -> None:
+    world = World(5, ours=False, slowness=0.0)
+    connection = world.connect()
+    connection.can_zero = connection.digests_known = True
+    await world.gate.pwrite(0, b"x" * 4096)
+    (write,) = connection.pending
+    world.remote.land(write)
+    connection.answer(write, None)
+    await world.gate.pwrite(3 * GRANULE, b"y")  # less than a block: it is to be copied
+    connection.refusals = 1.0
+    world.mirror()
+    await world.settle()
+    connection.refusals = 0.0
+    assert world.dirty.behind == 2
+    world.mirror()
+    await world.settle()
+    await asyncio.gather(world.forwarder.prove(), world.settle())
+    assert world.dirty.dirty == 0
+    assert world.remote.durable == world.local.data
+
+
+async def test_a_copy_that_fails_behind_its_job_is_a_gap() -> None:
+    """One part of a chunk is refused, which ends the job, and then another."""
+    world = World(5, ours=True, slowness=0.0)
+    connection = world.connect()
+    world.local.data[:GRANULE] = b"A" * GRANULE
+    world.remote.data[GRANULE : 2 * GRANULE] = b"B" * GRANULE
+    await world.dirty.mark_behind(0, 2 * GRANULE)
+    job = world.mirror()
+    slow: list[Request] = []
+
+    async def answer(refusing: bool) -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)
+            for request in tuple(connection.pending):
+                if request.command == c.CMD_WRITE_ZEROES:
+                    slow[:] = [request]
+                elif request.command == c.CMD_WRITE and refusing:
+                    connection.answer(request, OSError(errno.ENOSPC, "full"))
+                else:
+                    world.remote.land(request)
+                    connection.answer(request, None)
+
+    await answer(refusing=True)
+    assert job.error is not None
+    world.mirror()
+    await answer(refusing=False)
+    assert world.dirty.behind == 0
+    world.forwarder.keep_in_step()
+    proving = world.spawn(world.forwarder.prove())
+    await asyncio.sleep(0)
+    connection.answer(slow[0], OSError(errno.EIO, "gave up"))
+    await world.settle()
+    assert proving.done()
+    assert world.forwarder.refused
+    await world.gate.pwrite(5 * GRANULE, b"n" * 4096)
+    assert connection.pending == [], "it lacks something: nothing may be sent"
+
+
+async def test_with_sync_a_write_behind_a_gap_is_the_first_of_a_disk_that_goes_on_alone() -> None:
+    world = World(5, ours=True, sync=True, slowness=0.0)
+    connection = world.connect()
+    world.forwarder.keep_in_step()
+    world.fault.fail("pwrite", errno.EIO, offset=0, length=4096, times=1)
+    with pytest.raises(OSError, match="injected"):
+        await world.gate.pwrite(0, b"a" * 4096)
+    assert world.stepped == 0
+    await world.gate.pwrite(4 * GRANULE, b"b" * 4096)
+    assert world.stepped == 1
+    assert connection.pending == []
+
+
+async def test_long_requests_to_a_foreign_copy_are_bounded_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forwarder_module, "QUEUE_BLOCKS_MAX", 40)
+    world = World(5, ours=False, slowness=0.0)
+    connection = world.connect()
+    connection.can_zero = connection.silent = True
+    for granule in range(10):
+        await world.gate.write_zeroes(granule * GRANULE, GRANULE)
+    assert len(connection.pending) == 3
+    assert world.dirty.behind == 7
+    connection.silent = False
+    world.mirror()
+    await world.settle()
+    assert world.dirty.behind == 0
 
 
 async def test_what_a_foreign_copy_may_lose_is_flushed_before_it_is_found_equal() -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
-from replnbd.block import MemoryNode
+from replnbd.block import BlockNode, Buffer, MemoryNode, PassThrough
 from replnbd.errors import StateError
 from replnbd.events import EventBus
 from replnbd.filters import FaultNode
 from replnbd.jobs import JobRegistry
 from replnbd.replication import History, PrimaryDisk, PrimaryGroup, Role, Stage
 from replnbd.replication.session import LinkState
+from replnbd.server import Export, NbdServer
 
 SIZE = 1 << 20
 NOWHERE = "nbd://127.0.0.1:1/none"
@@ -131,4 +135,89 @@ async def test_a_command_whose_caller_gives_up_is_done_whole() -> None:
             await asyncio.wait([caller])
             async with group.between_commands():
                 assert stages(group) == [stage] * 3, f"cancelled after {turns} turns"
+        await group.close()
+
+
+@asynccontextmanager
+async def foreign(folder: Path, node: BlockNode) -> AsyncIterator[str]:
+    """The URI of a server that is no standby."""
+    server = NbdServer(EventBus())
+    server.add_export(Export("copy", node))
+    await server.listen(f"nbd+unix:///?socket={folder}/copy")
+    try:
+        yield f"nbd+unix:///copy?socket={folder}/copy"
+    finally:
+        await server.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_copy_that_is_ready_waits_for_the_others_and_lets_them_go_on(
+    short_dir: Path,
+) -> None:
+    """Not only the other disks: all the daemon."""
+    async with foreign(short_dir, MemoryNode(SIZE)) as to:
+        group, _ = await primaries(Stage.NONE, Stage.NONE)
+        first, second = group.disks
+        first.to = to
+        await group.start()
+        await until(lambda: first.link.state is LinkState.SYNCING and first.job is None)
+        await asyncio.sleep(0.2)
+        assert first.link.state is LinkState.SYNCING
+        assert second.link.state is LinkState.CONNECTING
+        await first.node.pwrite(0, b"more")
+        await until(lambda: not first.history.map.behind)
+        await group.close()
+
+
+async def test_held_requests_that_a_stop_cuts_short_are_no_error(short_dir: Path) -> None:
+    class Slow(PassThrough):
+        driver = "slow"
+
+        def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+            return False
+
+        async def pwrite(self, offset: int, data: Buffer) -> None:
+            await asyncio.sleep(0.1)
+            await self.file.pwrite(offset, data)
+
+    async with foreign(short_dir, Slow("slow", MemoryNode(SIZE))) as to:
+        group, _ = await primaries(Stage.NONE)
+        (disk,) = group.disks
+        disk.to = to
+        await group.start()
+        await until(lambda: disk.link.state is LinkState.LIVE)
+        writes = [asyncio.create_task(disk.node.pwrite(0, bytes([n]) * 4096)) for n in range(60)]
+        await asyncio.wait(writes)
+        await group.stop()
+        assert stages(group) == ["done"]
+        assert group.error() is None
+        assert disk.history.map.dirty == 1
+        await group.close()
+
+
+async def test_what_an_earlier_process_has_sent_may_arrive_before_anything_is_copied(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replnbd.replication.session.LATE_S", 0.5)
+    file = MemoryNode()
+    history = await History.open(file, SIZE, "boot", Role.PRIMARY)
+    async with foreign(short_dir, copy := MemoryNode(SIZE)) as to:
+        await history.begin_pair(to)
+        await history.map.clear_everything()
+        await history.map.mark(0, 1)  # and then the process is killed
+        again = await History.open(file, SIZE, "boot", Role.PRIMARY)
+        disk = PrimaryDisk("d", MemoryNode(SIZE), again, to, bus=EventBus(), jobs=JobRegistry())
+        disk.disk.pwrite_nowait(0, b"newer")
+        group = PrimaryGroup([disk])
+        await group.start()
+        await until(lambda: disk.link.reason is not None)
+        assert "before the last restart" in (disk.link.reason or "")
+        copy.pwrite_nowait(0, b"older")  # arrives only now
+        await until(lambda: disk.link.state is LinkState.LIVE)
+        assert copy.data[:5] == b"newer"
         await group.close()
