@@ -79,6 +79,10 @@ class CuttingProxy(Proxy):
 
         self._call(plan)
 
+    def spare(self) -> None:
+        """What was planned for clients that are there does not happen."""
+        self._call(self._faults.clear)
+
     def schedule(self, faults: Iterable[Fault]) -> None:
         """For the clients to come: each has the next of these, until there are no more."""
 
