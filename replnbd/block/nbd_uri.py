@@ -80,6 +80,8 @@ def _parse(uri: str) -> NbdTarget:
     parts = urlsplit(uri)
     if parts.scheme not in _SCHEMES:
         raise ConfigError("it must begin with nbd://, nbds://, nbd+unix:// or nbds+unix://")
+    if not uri[len(parts.scheme) :].startswith("://"):
+        raise ConfigError(f"behind '{parts.scheme}:' there must be two slashes")
     if parts.fragment or uri.endswith("#"):
         raise ConfigError("a fragment (#) means nothing; in a name it is %23")
     tls = parts.scheme.startswith("nbds")

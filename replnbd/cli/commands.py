@@ -59,12 +59,18 @@ def start(control: str, wait: bool) -> None:
 def checkpoint(control: str) -> None:
     """Move the standby's view on to now.
 
-    On all disks; what the standby wrote since the last checkpoint is dropped.
+    On all disks; what the standby wrote since the last checkpoint is dropped. On a side that sends
+    its writes: until all of them have arrived. Exit code 1 if there is no way there.
     """
     with ControlClient(control) as client:
         client.execute("xen-colo-do-checkpoint")
-        for disk in client.execute("x-replnbd-status")["disks"]:
-            click.echo(f"{disk['name']}: {disk['stage']}, {_checkpoint_of(disk)}")
+        disks = client.execute("x-replnbd-status")["disks"]
+    for disk in disks:
+        click.echo(f"{disk['name']}: {disk['stage']}, {_checkpoint_of(disk)}")
+    lost = [disk for disk in disks if _sends(disk) and disk["link"]["state"] != "live"]
+    if lost:
+        what = "; ".join(f"'{disk['name']}': {show.link_line(disk['link'])}" for disk in lost)
+        raise StateError(f"what was written is not at the standby: {what}")
 
 
 @click.command()
@@ -104,7 +110,8 @@ def replicate(control: str, to: str, disk: str | None, wait: bool) -> None:
 def verify(control: str) -> None:
     """Compare a primary's disks with their standbys.
 
-    By digests, while both are in use; what differs is copied again. Exit code 1 if something did.
+    By digests, while both are in use; what differs is copied again. Exit code 1 if something did,
+    or if they could not be compared. So does a standby that has taken over and replicates.
     """
     with ControlClient(control) as client:
         client.execute("x-replnbd-verify")
@@ -113,12 +120,13 @@ def verify(control: str) -> None:
                 bars([{"name": job["id"], "job": job} for job in jobs])
                 time.sleep(_POLL_S)
         disks = client.execute("x-replnbd-status")["disks"]
-    differ = [disk for disk in disks if disk["link"]["verified"] != "equal"]
-    for disk in disks:
-        click.echo(f"{disk['name']}: {disk['link']['verified']}")
-    if differ:
-        names = ", ".join(f"'{disk['name']}'" for disk in differ)
-        raise StateError(f"not equal to the standby's: {names}; what differed is copied again")
+    results = {disk["name"]: disk["link"]["verified"] for disk in disks if _sends(disk)}
+    for name, result in results.items():
+        click.echo(f"{name}: {result}")
+    if any(str(result).endswith("differed") for result in results.values()):
+        raise StateError("not equal to the standby's; what differed is copied again")
+    if set(results.values()) != {"equal"}:
+        raise StateError("the comparison did not come to its end")
 
 
 @click.command()
@@ -220,8 +228,13 @@ def jobs(control: str, as_json: bool) -> None:
     show.json(listed) if as_json else show.jobs(listed)
 
 
+def _sends(disk: dict[str, Any]) -> bool:
+    """Whether what is written to it is to go to a standby."""
+    return disk["link"] is not None and disk["link"]["state"] != "off"
+
+
 def _checkpoint_of(disk: dict[str, Any]) -> str:
-    if disk["mode"] == "secondary":
+    if disk["mode"] == "secondary" and not _sends(disk):
         return f"checkpoint {disk['checkpoints']}"
     state = disk["link"]["state"]
     return "all has arrived" if state == "live" else f"not at the standby ({state})"
@@ -253,7 +266,9 @@ def _bars(what: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
 
 
 def _wait_in_step(client: ControlClient) -> None:
-    """Until the standby of every disk that has one is in step; StateError if one is refused."""
+    """Until the standby of every disk that has one is in step; StateError if one is refused. Why
+    one is not there is said, once."""
+    told: set[str] = set()
     with _bars("sync") as bars:
         while True:
             disks = client.execute("x-replnbd-status")["disks"]
@@ -264,6 +279,10 @@ def _wait_in_step(client: ControlClient) -> None:
                 raise StateError(f"{refused[0]['to']}: {refused[0]['reason']}")
             if all(link["state"] in ("live", "off") for link in links):
                 return
+            for link in links:
+                if link["reason"] is not None and link["reason"] not in told:
+                    told.add(link["reason"])
+                    click.echo(f"waiting for {link['to']}: {link['reason']}", err=True)
             time.sleep(_POLL_S)
 
 

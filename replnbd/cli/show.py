@@ -79,10 +79,10 @@ def link_line(link: dict[str, Any]) -> str:
 
 def peer_note(disk: dict[str, Any]) -> str:
     """What there is to say of a standby's disk and its peer; "" if there is nothing."""
+    if disk["link"] is not None and disk["link"]["state"] != "off":
+        return link_line(disk["link"])
     if disk["refused"] is not None:
         return f"refused: {disk['refused']}"
-    if disk["link"] is not None and disk["link"]["to"] is not None:
-        return link_line(disk["link"])
     return "being synchronised" if disk["syncing"] else ""
 
 

@@ -31,6 +31,12 @@ async def forget_standby(disks: Sequence[DiskConfig]) -> None:
     await remove_journal([demoted(disk) for disk in disks])
 
 
+def view_name(disk: DiskConfig) -> str:
+    """The export of what a disk in mode primary shows as a standby. Who uses it when that takes
+    over finds it as the primary's, too."""
+    return f"{disk.name}-top"
+
+
 def demoted(disk: DiskConfig) -> DiskConfig:
     """The table of a disk in mode primary, as that of a standby's: with the view NAME-top, and the
     overlays beside the disk."""
@@ -38,7 +44,7 @@ def demoted(disk: DiskConfig) -> DiskConfig:
     return msgspec.structs.replace(
         disk,
         mode="secondary",
-        top_id=f"{disk.name}-top",
+        top_id=view_name(disk),
         secondary=disk.disk,
         disk=None,
         to=None,

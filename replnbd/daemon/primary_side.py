@@ -9,7 +9,7 @@ from typing import Any
 
 from replnbd.block import BlockNode
 from replnbd.daemon.config import DiskConfig
-from replnbd.daemon.demotion import forget_standby
+from replnbd.daemon.demotion import forget_standby, view_name
 from replnbd.daemon.describe import primary_nodes, primary_status
 from replnbd.daemon.histories import history_path, last_end_of, make_history, open_history
 from replnbd.daemon.images import check_sectors, open_image
@@ -65,6 +65,11 @@ class PrimarySide(Side):
                 Export(node.name, node, listed=False, allow=config.allow)
             )
             disk.resume()
+        for config, disk in zip(self.configs, disks, strict=True):
+            again = self.new_export(view_name(config), disk.name, f"disk {disk.name}")
+            if again is not None and again.name not in self.services.server.exports:
+                again.listed, again.connections_max = False, config.max_connections
+                self.services.server.add_export(again)
 
     async def close(self) -> None:
         """See `Side`."""

@@ -8,7 +8,7 @@ from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any
 
-from replnbd.block import BlockNode
+from replnbd.block import BlockNode, parse_nbd_uri
 from replnbd.daemon.config import DiskConfig
 from replnbd.daemon.describe import standby_nodes, standby_status
 from replnbd.daemon.images import open_disk
@@ -139,8 +139,23 @@ class StandbySide(Side):
         for task in tuple(self._tasks):
             await task
 
+    def verify(self) -> None:
+        """See `control.Backend`: what has taken over is a primary's."""
+        peers = [disk.peer for disk in self.group.disks if disk.peer.sending]
+        links = [peer.link for peer in peers if peer.link is not None]
+        if not links:
+            raise StateError("a standby has nothing to compare with: ask its primary")
+        for link in links:
+            link.check_verify()
+        for link in links:
+            link.verify()
+
     async def replicate(self, to: str, device: str | None) -> None:
         """See `control.Backend`."""
+        try:
+            parse_nbd_uri(to)
+        except ConfigError as exc:
+            raise StateError(str(exc)) from None
         names = [disk.name for disk in self.group.disks]
         if device is None and len(names) > 1:
             raise StateError(f"of which disk? There are {', '.join(names)}")

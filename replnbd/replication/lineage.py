@@ -75,8 +75,8 @@ OUTDATED = (
     " side makes that the new standby"
 )
 SPLIT_BRAIN = (
-    "split brain: both sides have taken writes since they were in step last: 'replnbd reset' on the"
-    " side whose writes are to be dropped"
+    "split brain: both sides have taken writes since they were in step last: on the side whose"
+    " writes are to be dropped, 'replnbd demote' if it is a primary, and then 'replnbd reset'"
 )
 TWO_PRIMARIES = (
     "the target is a primary itself: 'replnbd demote' there makes it a standby, and on this side"

@@ -72,6 +72,7 @@ BAD = {
     "disk.raw": "it must begin with",
     "http://host": "it must begin with",
     "nbd+vsock://1": "it must begin with",
+    "nbd:host/disk": "two slashes",
     "nbd://host:0x1": "(?i)port",
     "nbd://host:99999": "(?i)port",
     "nbd://[::1": "",

@@ -45,6 +45,19 @@ class Hosts:
 
     def type(self, host: str, line: str) -> str:
         """A line that a user types; what it prints. Its exit status is 0."""
+        done = self._run(host, line)
+        assert (done.returncode, done.stderr) == (0, ""), f"{host}$ {line}\n{done}"
+        return done.stdout
+
+    def refused(self, host: str, line: str) -> str:
+        """What a line prints as its error, which is one line."""
+        done = self._run(host, line)
+        assert done.returncode == 1, f"{host}$ {line}\n{done}"
+        assert done.stderr.startswith("replnbd: ")
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    def _run(self, host: str, line: str) -> subprocess.CompletedProcess[str]:
         for name, address in ADDRESSES.items():
             line = re.sub(rf"(nbd://){name}\b", rf"\g<1>{address}", line)
         words = shlex.split(line)
@@ -53,13 +66,11 @@ class Hosts:
         if words[-1] == "&":
             self.commands[host] = words[:-1]
             self.serve(host)
-            return ""
-        done = subprocess.run(
+            return subprocess.CompletedProcess(words, 0, "", "")
+        return subprocess.run(
             words, cwd=self.folder / host, env=self._env(host),
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, ""), f"{host}$ {line}\n{done}"
-        return done.stdout
 
     def serve(self, host: str) -> None:
         """Run the host's daemon, as it was typed."""
@@ -160,9 +171,26 @@ def test_the_round_trip_of_the_readme_works_as_it_is_typed(hosts: Hosts) -> None
         for host, line in back:
             hosts.type(host, line)
     use(hosts.machine("beta", "top0"), content, rng)
+    assert hosts.type("beta", "replnbd verify") == "colo0: equal\n"
+    assert "; peer live (nbd://127.0.0.2/vm0)" in hosts.type("beta", "replnbd status")
+    assert "not an NBD URI" in hosts.refused("beta", "replnbd replicate --to alpha/vm0")
+    hosts.services["alpha"].kill()
+    wait_until(lambda: hosts.status("beta")["link"]["state"] == "connecting", "the loss")
+    assert "is not at the standby: 'colo0': connecting" in hosts.refused("beta", home[0][1])
+    hosts.serve("alpha")
+    hosts.wait_live("beta")
     for host, line in home:
         hosts.type(host, line)
     use(hosts.machine("alpha", "vm0-top"), content, rng)
     hosts.type("alpha", "replnbd checkpoint")
     assert content_of(hosts, "alpha", "vm0-top") == content
+    assert alpha.read_bytes() == beta.read_bytes() == content
+
+    hosts.services["alpha"].kill()
+    hosts.serve("alpha")
+    assert content_of(hosts, "alpha", "vm0-top") == content_of(hosts, "alpha", "vm0") == content
+    hosts.wait_live("alpha")
+    use(hosts.machine("alpha", "vm0-top"), content, rng)
+    hosts.type("alpha", "replnbd checkpoint")
+    assert hosts.type("alpha", "replnbd verify") == "vm0: equal\n"
     assert alpha.read_bytes() == beta.read_bytes() == content
