@@ -31,9 +31,9 @@ RESPONSE_TIMEOUT_S = 30.0
 """How long a server may let us wait for anything, while it owes us replies. A disk that is busy
 flushing takes seconds; the kernel's own NBD client gives up after 30 s, too."""
 
-STUCK_TIMEOUTS = 4
-"""How many times as long one request may take while others are answered: to flush a busy disk that
-has much to write takes a minute."""
+STUCK_TIMEOUTS = 15
+"""How many times as long one request may take while others are answered: to flush a slow disk, of
+which a tenth of the memory has been written, takes minutes."""
 
 CLOSE_TIMEOUT_S = 2.0
 """How long a server may take to answer what is outstanding, and to hang up, when we leave."""

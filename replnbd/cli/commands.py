@@ -265,11 +265,21 @@ def _bars(what: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
         yield bars.update
 
 
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Say that what is waited for goes on, if the user interrupts that."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("the daemon goes on with it: see 'replnbd status'", err=True)
+        raise
+
+
 def _wait_in_step(client: ControlClient) -> None:
     """Until the standby of every disk that has one is in step; StateError if one is refused. Why
     one is not there is said, once."""
     told: set[str] = set()
-    with _bars("sync") as bars:
+    with _bars("sync") as bars, _going_on():
         while True:
             disks = client.execute("x-replnbd-status")["disks"]
             bars(disks)
@@ -288,7 +298,7 @@ def _wait_in_step(client: ControlClient) -> None:
 
 def _wait_for_commit(client: ControlClient) -> None:
     """Until no disk is in stage *failover*; StateError if one has failed."""
-    with _bars("commit") as bars:
+    with _bars("commit") as bars, _going_on():
         while True:
             disks = client.execute("x-replnbd-status")["disks"]
             bars(disks)

@@ -53,8 +53,7 @@ class Link:
     """Of the disk `name`, whose bytes are those of `source`, under the locks of `ranges`.
 
     `forwarder` is what the disk's QuorumNode tells of its writes; it keeps account while the link
-    is OFF, too. `on_error(error)` is called for what goes wrong there, `on_state(state)` for every
-    change.
+    is OFF, too. `on_error(error)` is told what goes wrong there, `on_state(state)` of changes.
     """
 
     def __init__(
@@ -296,15 +295,16 @@ class Link:
 
     def set_state(self, state: LinkState, reason: str | None = None) -> None:
         """Tell of it, if it is another one."""
-        changed = state is not self.state
+        changed, news = state is not self.state, reason not in (None, self.reason)
         self.state, self.reason = state, reason
         self._changed.set()
         if self.mirror is not None:
             self.mirror.nudge()
-        if changed:
-            self._on_state(state)
+        if changed or news:
             why = f": {reason}" if reason else ""
             log.info("link of %s to %s: %s%s", self.name, self.to, state.value, why)
+        if changed:
+            self._on_state(state)
             self.bus.emit("x-replnbd-link", device=self.name, state=state.value, reason=reason)
 
     def _end_yanked(self) -> None:
