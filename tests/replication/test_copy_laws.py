@@ -21,6 +21,19 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
 
 
+async def answer_all_but(kept: Request, world: World) -> None:
+    """For a while, and one after the other."""
+    connection = world.connection
+    assert connection is not None
+    for _ in range(50):
+        await asyncio.sleep(0)
+        for request in tuple(connection.pending):
+            if request is not kept:
+                world.remote.land(request)
+                connection.answer(request, None)
+        world.check()
+
+
 async def test_a_write_is_not_proven_by_the_epoch_that_ended_before_it_was_sent() -> None:
     """It was marked in that epoch; of what is in flight, a flush says nothing."""
     world = World(1, ours=True, slowness=0.0)
@@ -31,13 +44,7 @@ async def test_a_write_is_not_proven_by_the_epoch_that_ended_before_it_was_sent(
     world.local.pwrite_nowait(0, b"x" * 4096)
     await world.forwarder.write(0, b"x" * 4096, entered)
     (write,) = connection.pending
-    for _ in range(20):
-        await asyncio.sleep(0)
-        for request in tuple(connection.pending):
-            if request is not write:
-                world.remote.land(request)
-                connection.answer(request, None)
-        world.check()
+    await answer_all_but(write, world)
     assert not proving.done()
     await world.settle()
     assert world.dirty.dirty == 0
@@ -88,13 +95,7 @@ async def test_what_a_foreign_copy_has_not_done_yet_is_waited_for_before_it_is_c
     await world.gate.write_zeroes(0, GRANULE)
     assert world.dirty.behind == 1
     world.mirror()
-    for _ in range(50):
-        await asyncio.sleep(0)
-        for request in tuple(connection.pending):
-            if request is not write:
-                world.remote.land(request)
-                connection.answer(request, None)
-        world.check()
+    await answer_all_but(write, world)
     await world.settle()
     assert world.dirty.behind == 0
     assert not any(world.remote.data)
@@ -174,11 +175,7 @@ async def test_a_flush_that_fails_while_another_is_under_way_is_no_proof_of_eith
     await asyncio.sleep(0)
     (flush,) = connection.pending
     proving = world.spawn(world.forwarder.prove())
-    for _ in range(20):
-        await asyncio.sleep(0)
-        for request in tuple(connection.pending):
-            if request is not flush:
-                connection.answer(request, None)
+    await answer_all_but(flush, world)
     assert not proving.done()
     world.remote.data[:] = world.remote.durable
     connection.answer(flush, OSError(errno.EIO, "the disk has lost it"))

@@ -166,7 +166,7 @@ async def test_a_copy_that_is_ready_waits_for_the_others_and_lets_them_go_on(
         first.to = to
         await group.start()
         await until(lambda: first.link.state is LinkState.SYNCING and first.job is None)
-        await asyncio.sleep(0.2)
+        await until(lambda: second.link.reason is not None)
         assert first.link.state is LinkState.SYNCING
         assert second.link.state is LinkState.CONNECTING
         await first.node.pwrite(0, b"more")
