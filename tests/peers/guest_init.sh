@@ -13,10 +13,15 @@ done
 ip link set lo up
 ip addr add 10.0.2.15/24 dev eth0
 ip link set eth0 up
-exec </dev/ttyS1 >/dev/ttyS1 2>&1
-stty raw -echo
-printf "\nREADY-0 0\n"
-while read -r mark command; do
-    sh -ec "$command" </dev/null
-    printf '\n%s %s\n' "$mark" "$?"
-done
+serve() {
+    stty raw -echo
+    printf "\nREADY-0 0\n"
+    while read -r mark command; do
+        sh -ec "$command" </dev/null
+        printf '\n%s %s\n' "$mark" "$?"
+    done
+}
+# Not in this process, which inherits what commands leave behind (nbd-client's TLS, for one): when
+# such a process ends, busybox's read begins again, and what it had read of a line is lost.
+serve </dev/ttyS1 >/dev/ttyS1 2>&1 &
+wait $!
