@@ -175,6 +175,12 @@ class NbdSession(asyncio.BufferedProtocol):
         self._replies.end(reason)
         self._tell_owner()
 
+    @property
+    def silence(self) -> str | None:
+        """That replies are owed and none has come, if that is so for more than a moment."""
+        silent_s = (self._silent_ticks - 1) * self._tick_s
+        return f"the server has not answered for {silent_s:g} s" if silent_s > 0 else None
+
     def _tell_owner(self) -> None:
         callback, self._on_closed = self._on_closed, None
         if callback is not None:
@@ -194,9 +200,7 @@ class NbdSession(asyncio.BufferedProtocol):
         self._stuck_ticks = self._stuck_ticks + 1 if self._is_stuck() else 0
         self._silent_ticks = 0 if alive else self._silent_ticks + 1
         if self._silent_ticks > _TICKS:
-            silent_s = self._tick_s * _TICKS
-            text = f"{self.name}: the server has not answered for {silent_s:g} s"
-            self._end(OSError(errno.ETIMEDOUT, text))
+            self._end(OSError(errno.ETIMEDOUT, f"{self.name}: {self.silence}"))
         elif self._stuck_ticks > STUCK_TIMEOUTS * _TICKS:
             stuck_s = self._tick_s * self._stuck_ticks
             text = f"{self.name}: the server has left a request unanswered for {stuck_s:g} s"

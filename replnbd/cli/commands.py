@@ -159,6 +159,8 @@ def failover(control: str, wait: bool, target: str | None) -> None:
     commit, the same command tries it again.
     """
     with ControlClient(control) as client:
+        if _is_primary(client):  # the daemon does as QEMU: it would stop
+            raise StateError("a primary cannot take over: say so to its standby, or 'stop' here")
         to = {} if target is None else {"x-replnbd-to": target}
         client.execute("xen-set-replication", enable=False, primary=False, failover=True, **to)
         if wait:

@@ -63,6 +63,7 @@ def _primary_fields(disk: dict[str, Any]) -> dict[str, str]:
         "stage": disk["stage"],
         "standby": link_line(disk["link"]),
         "sent": size(disk["link"]["sent-bytes"]),
+        "on the way": size(disk["link"]["queued-bytes"]),
         "behind": size(disk["link"]["behind-bytes"]),
         "written": size(disk["bytes-written"]),
         "clients": clients_of(disk),

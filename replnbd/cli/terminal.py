@@ -59,7 +59,9 @@ _STANDBY_HEADINGS = (
     "disk", "stage", "checkpoint", "hidden", "active", "written: primary / standby",
     "clients: primary / standby", "job / error",
 )  # fmt: skip
-_PRIMARY_HEADINGS = ("disk", "stage", "standby", "sent", "behind", "clients", "job / error")
+_PRIMARY_HEADINGS = (
+    "disk", "stage", "standby", "sent", "on the way / behind", "clients", "job / error",
+)  # fmt: skip
 
 
 def _standby_cells(disk: dict[str, Any]) -> list[str]:
@@ -82,7 +84,7 @@ def _primary_cells(disk: dict[str, Any]) -> list[str]:
         _stage(disk),
         f"[{style}]{escape(show.link_line(link))}[/{style}]",
         show.size(link["sent-bytes"]),
-        show.size(link["behind-bytes"]),
+        " / ".join(show.size(link[f"{which}-bytes"]) for which in ("queued", "behind")),
         show.clients_of(disk),
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 from replnbd.block import BlockNode, FileNode, NbdNode
 from replnbd.control import InetServer, NbdNodeOptions
 from replnbd.qcow2 import Qcow2Node
-from replnbd.replication import History, PrimaryDisk, StandbyDisk
+from replnbd.replication import History, Link, LinkState, PrimaryDisk, StandbyDisk
 from replnbd.server import Export
 
 
@@ -44,7 +44,7 @@ def standby_status(disk: StandbyDisk, exports: Mapping[str, Export]) -> dict[str
         "syncing": disk.peer.syncing,
         "refused": disk.peer.refused,
         "history": _history(disk.peer.history),
-        "link": disk.peer.link.describe() if disk.peer.link is not None else None,
+        "link": _link(disk.peer.link) if disk.peer.link is not None else None,
     }
 
 
@@ -65,7 +65,26 @@ def primary_status(disk: PrimaryDisk, exports: Mapping[str, Export]) -> dict[str
         "job": job.describe() if job is not None else None,
         "refused": disk.refused,
         "history": _history(disk.history),
-        "link": disk.link.describe(),
+        "link": _link(disk.link),
+    }
+
+
+def _link(link: Link) -> dict[str, Any]:
+    """The way to a disk's copy; sizes in bytes."""
+    connection = link.forwarder.connection
+    # What has fallen behind while it is LIVE is about to be copied.
+    state = LinkState.SYNCING if link.catches_up else link.state
+    return {
+        "to": link.to,
+        "node-name": link.node_name,
+        "state": state.value,
+        "reason": link.reason or link.silence,
+        "behind-bytes": link.history.map.behind_bytes,
+        "unproven-bytes": link.history.map.unproven_bytes,
+        "queued-bytes": 0 if connection is None else connection.bytes_outstanding,
+        "sent-bytes": link.forwarder.bytes_sent,
+        "copied-bytes": link.bytes_copied,
+        "verified": link.verified,
     }
 
 

@@ -54,6 +54,7 @@ from replnbd.replication.journal import (
     Layer,
     Record,
 )
+from replnbd.replication.link import Link
 from replnbd.replication.link_mirror import LinkMirror, MirrorTerms
 from replnbd.replication.nodes import GateNode
 from replnbd.replication.peer import (
@@ -83,6 +84,7 @@ __all__ = [
     "History",
     "Journal",
     "Layer",
+    "Link",
     "LinkMirror",
     "LinkState",
     "MirrorTerms",

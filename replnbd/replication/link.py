@@ -21,12 +21,12 @@ import logging
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from replnbd.block import BlockNode, RangeLock
 from replnbd.errors import ConfigError, ProtocolError, StateError
 from replnbd.events import EventBus
-from replnbd.jobs import Job, JobRegistry, JobStatus, MirrorJob, MirrorTarget, VerifyJob
+from replnbd.jobs import Job, JobRegistry, JobStatus, MirrorJob, VerifyJob
 from replnbd.replication.companions import Companions
 from replnbd.replication.forwarder import Forwarder
 from replnbd.replication.history import History
@@ -82,7 +82,7 @@ class Link:
         self.from_scratch = False
         """The target is to get everything: what is known of it is not to be relied on, unless it
         is a replnbd, which knows itself."""
-        self.bytes_copied = 0
+        self._bytes_copied = 0
         """By mirror jobs that have ended."""
         self.forwarder = Forwarder(
             history.map,
@@ -115,6 +115,12 @@ class Link:
         return self.mirror or self._copying
 
     @property
+    def silence(self) -> str | None:
+        """That there is a way, but no answer on it, if that is so."""
+        connection = self.forwarder.connection
+        return None if connection is None else connection.silence
+
+    @property
     def _copying(self) -> MirrorJob | None:
         return None if self._session is None else self._session.job
 
@@ -140,7 +146,7 @@ class Link:
 
     def _start(self, to: str) -> None:
         assert self._task is None
-        self.to = to
+        self.to, self._yanked = to, False
         self.set_state(LinkState.CONNECTING)
         self._task = asyncio.get_running_loop().create_task(
             self._live(to), name=f"link {self.name}"
@@ -173,7 +179,7 @@ class Link:
         """Cut the way now, whatever waits for it, and look for none any more until the next start.
         Never waits."""
         task = self._task
-        if task is None or task.done():
+        if task is None or task.done() or self._yanked:
             return
         self._yanked = True
         if self._session is not None and self.state in (LinkState.SYNCING, LinkState.LIVE):
@@ -215,15 +221,19 @@ class Link:
         if self.state not in (LinkState.SYNCING, LinkState.LIVE) or not self.others_ready:
             return
         try:
-            async with asyncio.timeout(CATCH_UP_S):
+            async with asyncio.timeout(CATCH_UP_S) as bound:
                 await self.wait_in_step()
         except OSError as exc:
-            if isinstance(exc, TimeoutError) and exc.errno is None:  # ours, not the network's
-                raise StateError(
-                    f"'{self.name}' is being synchronised: a checkpoint has to wait until its"
-                    " standby has all that it lacks"
-                ) from None
-            log.warning("disk %s: the standby is left behind: %s", self.name, exc.strerror)
+            if not bound.expired():
+                log.warning("disk %s: the standby is left behind: %s", self.name, exc.strerror)
+                return
+            if not self.catches_up:
+                why = self.silence or "its standby is slow"
+                raise StateError(f"'{self.name}' has to wait: {why}") from None
+            raise StateError(
+                f"'{self.name}' is being synchronised: a checkpoint has to wait until its standby"
+                " has all that it lacks"
+            ) from None
 
     def check_verify(self) -> None:
         """StateError if `verify` cannot be: there is no way, or the target tells no digests."""
@@ -244,28 +254,20 @@ class Link:
         self.jobs.add(self._verifying)
         self._verifying.start()
 
-    def describe(self) -> dict[str, Any]:
-        """For `x-replnbd-status`; sizes in bytes."""
-        connection = self.forwarder.connection
-        job = self._copying
-        return {
-            "to": self.to,
-            "node-name": self.node_name,
-            "state": self.state.value,
-            "reason": self.reason,
-            "behind-bytes": self.history.map.behind_bytes,
-            "unproven-bytes": self.history.map.unproven_bytes,
-            "queued-bytes": 0 if connection is None else connection.bytes_outstanding,
-            "sent-bytes": self.forwarder.bytes_sent,
-            "copied-bytes": self.bytes_copied + (0 if job is None else job.bytes_copied),
-            "verified": None if self._verifying is None else self._verifying.result,
-        }
+    @property
+    def bytes_copied(self) -> int:
+        """By mirror jobs."""
+        return self._bytes_copied + (0 if self._copying is None else self._copying.bytes_copied)
+
+    @property
+    def verified(self) -> str | None:
+        """How the last comparison ended, or that it goes on; None: there was none."""
+        return None if self._verifying is None else self._verifying.result
 
     # Section: its life
 
     async def _live(self, to: str) -> None:
         delay_s = BACK_OFF_S[0]
-        self._yanked = False
         while True:
             failure: OSError
             self._session = Session(self, to)
@@ -277,8 +279,8 @@ class Link:
                 delay_s = REFUSED_S
             except (OSError, ProtocolError, ConfigError, ValueError) as exc:
                 failure = exc if isinstance(exc, OSError) else OSError(errno.EPROTO, str(exc))
-                was_up = self.state in (LinkState.SYNCING, LinkState.LIVE)
-                self.set_state(LinkState.CONNECTING, failure.strerror or str(failure))
+                self._down(failure)
+                was_up = self._session.was_up
                 delay_s = BACK_OFF_S[0] if was_up else min(2 * delay_s, BACK_OFF_S[1])
             except Exception:
                 log.exception("link of %s: our bug", self.name)
@@ -307,30 +309,19 @@ class Link:
             self._on_state(state)
             self.bus.emit("x-replnbd-link", device=self.name, state=state.value, reason=reason)
 
+    def _down(self, reason: OSError) -> None:
+        state = LinkState.REFUSED if self._yanked else LinkState.CONNECTING
+        self.set_state(state, reason.strerror or str(reason))
+
     def _end_yanked(self) -> None:
         failure = _yanked()
         self.set_state(LinkState.REFUSED, failure.strerror)
         if self.mirror is not None:
             self.mirror.way_failed(failure, final=True)
 
-    def new_job(self, target: MirrorTarget, *, compare: bool) -> MirrorJob:
-        """To copy what is BEHIND, and started. `compare`: see MirrorJob."""
-        mirror = self.mirror
-        bus = self.bus if mirror is None else EventBus()  # nobody hears of it: see the mirror
-        job = MirrorJob(
-            f"mirror-{self.name}", bus, self.source, self.ranges, self.history.map, target,
-            compare=compare,
-        )  # fmt: skip
-        if mirror is None:
-            self.jobs.add(job)
-        job.start()
-        if mirror is not None:
-            mirror.copies_by(job)
-        return job
-
     def job_ended(self, job: MirrorJob) -> None:
         """It has ended. If with an error, there will be another one."""
-        self.bytes_copied += job.bytes_copied
+        self._bytes_copied += job.bytes_copied
         if self.mirror is not None:
             self.mirror.copied(job)
 
@@ -340,6 +331,7 @@ class Link:
         if self.mirror is None:
             # Whoever watches the child need not wait for the next write.
             self._report_bad("flush", reason, 0, 0)
+        self._down(reason)  # at once: who asks now is not to hear that it is LIVE
 
     async def disconnected(self, *, lossy: bool) -> None:
         """A session has ended; `lossy`: what clients know to be written may not have arrived."""

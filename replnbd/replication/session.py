@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from replnbd.block import NbdConnection, parse_nbd_uri
 from replnbd.errors import ProtocolError
+from replnbd.events import EventBus
 from replnbd.jobs import MirrorJob
 from replnbd.replication.lineage import NO_ACCOUNT, OUTDATED, Lineage, Plan, new_name
 from replnbd.replication.peer import Begin, End, Enter
@@ -72,6 +73,8 @@ class Session:
 
     def __init__(self, link: Link, to: str) -> None:
         self.job: MirrorJob | None = None
+        self.was_up = False
+        """Whether there has been a way."""
         self._link = link
         self._to = to
         self._history = link.history
@@ -105,6 +108,7 @@ class Session:
                 await self._begin(decided)
             data.on_closed = self.lose
             self._forwarder.connect(data, ours=self._peer is not None)
+            self.was_up = True
             stack.push_async_callback(self._disconnect)
             tending = asyncio.get_running_loop().create_task(self._tend())
             stack.push_async_callback(_end, tending)
@@ -171,6 +175,7 @@ class Session:
             if self._must_sync and not await self._sync():
                 await asyncio.sleep(FAILED_COPY_S)
                 continue
+            self._check_way()
             if not self._history.map.behind:
                 self._forwarder.keep_in_step()
                 self._link.tell_ready(ready=True)
@@ -223,7 +228,7 @@ class Session:
         """Whether all that was BEHIND has been copied."""
         link = self._link
         link.tell_ready(ready=False)
-        self.job = job = link.new_job(self, compare=not self._has_synced)
+        self.job = job = self._new_job()
         await job.wait()
         self.job = None
         link.job_ended(job)
@@ -232,6 +237,21 @@ class Session:
             link.set_state(LinkState.SYNCING, f"{job.id}: {job.error.strerror}")
             return False
         return True
+
+    def _new_job(self) -> MirrorJob:
+        """To copy what is BEHIND, and started."""
+        link, mirror = self._link, self._link.mirror
+        bus = link.bus if mirror is None else EventBus()  # nobody hears of it: see the mirror
+        job = MirrorJob(
+            f"mirror-{link.name}", bus, link.source, link.ranges, self._history.map, self,
+            compare=not self._has_synced,
+        )  # fmt: skip
+        if mirror is None:
+            link.jobs.add(job)
+        job.start()
+        if mirror is not None:
+            mirror.copies_by(job)
+        return job
 
     async def _tend(self) -> None:
         """What goes on beside: prove, and ask the target how it is."""

@@ -36,7 +36,9 @@ async def test_a_child_that_was_yanked_is_not_looked_for_again(world: World) -> 
         "sector-num": 0,
         "sectors-count": 0,
     }
-    await until(lambda: world.disk.link.state is LinkState.REFUSED)
+    link = world.disk.link
+    await until(lambda: link.forwarder.connection is None)
+    assert link.state is LinkState.REFUSED
     await world.write(0, b"alone")
     assert world.disk.history.map.behind == 1
     assert world.daemon.replication_error() == "I/O error occurred"

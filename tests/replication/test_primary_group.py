@@ -174,6 +174,27 @@ async def test_a_copy_that_is_ready_waits_for_the_others_and_lets_them_go_on(
         await group.close()
 
 
+async def test_a_way_that_is_lost_is_not_live_from_then_on(short_dir: Path) -> None:
+    """What a command reports must not be what was so a moment ago."""
+    async with foreign(short_dir, MemoryNode(SIZE)) as to:
+        group, _ = await primaries(Stage.NONE)
+        link = group.disks[0].link
+        group.disks[0].to = to
+        await group.start()
+        await until(lambda: link.state is LinkState.LIVE)
+        connection = link.forwarder.connection
+        assert connection is not None
+        connection.abort(OSError(errno.ETIMEDOUT, "it says nothing"))
+        assert (link.state, link.reason) == (LinkState.CONNECTING, "it says nothing")
+        await until(lambda: link.state is LinkState.LIVE)
+        link.yank()
+        assert (link.state, link.reason) == (LinkState.REFUSED, "the connection was yanked")
+        link.yank()
+        await until(lambda: link.forwarder.connection is None)
+        assert (link.state, link.reason) == (LinkState.REFUSED, "the connection was yanked")
+        await group.close()
+
+
 async def test_held_requests_that_a_stop_cuts_short_are_no_error(short_dir: Path) -> None:
     class Slow(PassThrough):
         driver = "slow"

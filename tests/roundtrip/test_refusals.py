@@ -9,7 +9,7 @@ import pytest
 from guest_model import check_equal
 from host import Host
 from pair import Pair, sparse
-from peers import wait_until
+from peers import refusal, run_replnbd, wait_until
 
 pytestmark = pytest.mark.slow
 SIZE = 2 << 20
@@ -83,3 +83,13 @@ def test_a_view_is_no_place_for_a_source(hosts: tuple[Host, Host], stage: str) -
     assert "is the view of 'b0'" in source.link()["reason"]
     if stage != "none":
         check_equal(standby.read("b0-top"), b"b" * SIZE, "the view")
+
+
+def test_a_primary_cannot_take_over_from_itself(short_dir: Path) -> None:
+    """QEMU's command would stop replication there, on the wrong host."""
+    with Pair(short_dir, 2, size=SIZE) as pair:
+        pair.source.begin()
+        line = refusal(run_replnbd("failover", "--control", pair.source.control))
+        assert line.startswith("replnbd: a primary cannot take over")
+        assert pair.source.status()["stage"] == "running"
+        pair.compare()
