@@ -17,6 +17,7 @@ from peers import (
     CuttingProxy,
     DiskFormat,
     NbdClient,
+    PeerError,
     Process,
     ReplnbdPrimary,
     list_exports,
@@ -192,7 +193,6 @@ class Foreign:
     def begin(self) -> None:
         """The first synchronisation."""
         self.primary.start()
-        self.primary.wait_in_step()
         self.compare()
 
     def load(self) -> Load:
@@ -221,15 +221,21 @@ class Foreign:
 
     def compare(self) -> None:
         """All bytes of both disks, once the target has them."""
-        self.primary.wait_in_step()
+        self._wait_in_step()
         self.compare_local()
         assert_same(self.server.content(), self.content, "the target")
 
     def compare_for_good(self) -> None:
         """The same once nothing can come any more that was sent on connections that have ended."""
-        self.primary.wait_in_step()
+        self._wait_in_step()
         self.wait_proven()
         self.compare()
+
+    def _wait_in_step(self) -> None:
+        try:
+            self.primary.wait_in_step()
+        except PeerError as exc:  # a peer that has died explains it
+            raise PeerError(self.server.process.failure(str(exc))) from exc
 
     def wait_proven(self) -> None:
         """Until nothing is marked."""

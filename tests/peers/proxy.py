@@ -110,6 +110,7 @@ class Proxy:
             self._port = _bind(listen)
             self.address = self._port.getsockname()
         self._accepting: asyncio.Task[None] | None = None
+        self._closing = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -220,7 +221,8 @@ class Proxy:
             await asyncio.gather(*tasks, through, return_exceptions=True)
             self._links.remove(link)
             for sock in link.sockets:
-                if not link.ending.done() or link.ending.result() is End.RESET:
+                dropped = link.ending.done() and link.ending.result() is End.DROP
+                if self._closing or not dropped:
                     _close(sock, End.RESET)
                 else:
                     self._start(self._drop(sock))
@@ -286,6 +288,8 @@ class Proxy:
             self._port.close()
 
     async def _cancel_all(self) -> None:
+        self._closing = True
+        await asyncio.sleep(0)  # a task that has not begun would not close its sockets
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
