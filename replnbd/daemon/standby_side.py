@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from replnbd.replication import (
     standby_changes,
     unproven_changes,
 )
-from replnbd.server import Export
+from replnbd.server import Connection, Export
 
 log = logging.getLogger(__name__)
 
@@ -106,12 +106,13 @@ class StandbySide(Side):
 
         The images below the gates belong to their disk: written from outside they would break the
         view, and read from outside they would not be coherent."""
+        writers: Callable[[], str | None]
         for disk, config in zip(self.group.disks, self.configs, strict=True):
             if node_name == disk.primary.name:
-                node, allow = disk.primary, config.allow
+                node, allow, writers = disk.primary, config.allow, partial(_writers, disk)
                 changes = partial(primary_changes, disk)
             elif node_name == disk.standby.name:
-                node, allow = disk.standby, config.top_allow
+                node, allow, writers = disk.standby, config.top_allow, _everybody
                 changes = partial(standby_changes, disk)
             else:
                 continue
@@ -128,6 +129,7 @@ class StandbySide(Side):
                 digest_key=disk.peer.digest_key,
                 allow=allow,
                 connections_max=connections_max,
+                writers=writers,
             )
             if disk.promoted and node is disk.primary:
                 export.refusal = disk.fence_reason
@@ -212,6 +214,7 @@ class StandbySide(Side):
             assert export is not None
             self.services.server.add_export(export)
         disk.peer.drop_sources = partial(self._drop_sources, disk)
+        disk.peer.drop_strangers = partial(self._drop_strangers, disk)
         self._export_peer(disk.name, disk.peer, config.allow)
         # Without an answer there, a source would take the view for a server that is none of ours.
         view = NoDisk(disk.top_id, disk.active.size, f"the view of '{disk.name}'")
@@ -229,10 +232,16 @@ class StandbySide(Side):
             self._spawn(self.services.server.fence(name, disk.fence_reason))
 
     async def _drop_sources(self, disk: StandbyDisk) -> None:
-        # Only who synchronises asks for that bitmap: readers stay.
+        await self._dismiss(disk, _is_source, "the source has a new session")
+
+    async def _drop_strangers(self, disk: StandbyDisk) -> None:
+        await self._dismiss(disk, _is_stranger, "the disk is a primary's copy now: only to be read")
+
+    async def _dismiss(
+        self, disk: StandbyDisk, chosen: Callable[[Connection], bool], reason: str
+    ) -> None:
         for name in self._exports_of(disk.primary):
-            reason = "the source has a new session"
-            await self.services.server.dismiss(name, RESYNC_CONTEXT, reason)
+            await self.services.server.dismiss(name, chosen, reason)
 
     def _unfence(self, disk: StandbyDisk) -> None:
         for name in self._exports_of(disk.primary):
@@ -246,3 +255,20 @@ class StandbySide(Side):
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _writers(disk: StandbyDisk) -> str | None:
+    """What another client wrote to a replnbd's copy, nobody would know to differ."""
+    return RESYNC_CONTEXT if disk.peer.follows else None
+
+
+def _everybody() -> None:
+    return None
+
+
+def _is_source(client: Connection) -> bool:
+    return RESYNC_CONTEXT in client.contexts  # only who synchronises asks for that
+
+
+def _is_stranger(client: Connection) -> bool:
+    return client.writable and not _is_source(client)

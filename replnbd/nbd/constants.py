@@ -211,6 +211,12 @@ FLAG_SEND_DF = int(TransmissionFlag.SEND_DF)
 FLAG_CAN_MULTI_CONN = int(TransmissionFlag.CAN_MULTI_CONN)
 FLAG_SEND_FAST_ZERO = int(TransmissionFlag.SEND_FAST_ZERO)
 FLAG_BLOCK_STATUS_PAYLOAD = int(TransmissionFlag.BLOCK_STATUS_PAYLOAD)
+WRITER_FLAGS = int(
+    TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_FAST_ZERO
+)
+"""What a client that may only read is not told."""
 
 REPLY_FLAG_DONE = int(ReplyFlag.DONE)
 REPLY_TYPE_NONE = int(ReplyType.NONE)

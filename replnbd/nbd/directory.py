@@ -45,6 +45,8 @@ class ExportOffer:
     """Nothing is said of it before TLS runs."""
     contexts: tuple[str, ...] = ()
     """Names of the metadata contexts it has; an id is a position here, from 1 on."""
+    writers: str | None = None
+    """The context by which those are known who may write; None: everybody may."""
 
 
 class ExportDirectory(Protocol):

@@ -275,10 +275,12 @@ class Handshake:
         return contexts if name == offer.name else ()
 
     def _transmission_flags(self, offer: ExportOffer) -> int:
-        flags = offer.transmission_flags
+        flags, contexts = offer.transmission_flags, self._contexts_for(offer)
+        if offer.writers not in (None, *contexts):
+            flags = flags & ~c.WRITER_FLAGS | TransmissionFlag.READ_ONLY
         if self._replies is not SIMPLE_REPLIES:
             flags |= TransmissionFlag.SEND_DF
-        if self._replies is EXTENDED_REPLIES and self._contexts_for(offer):
+        if self._replies is EXTENDED_REPLIES and contexts:
             flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
         return int(flags)
 

@@ -73,6 +73,8 @@ class StandbyPeer:
         """The links of the group, for one that is made."""
         self.drop_sources: Callable[[], Awaitable[None]] = _nobody
         """Ends the connections of sources to the disk; nothing of theirs is under way then."""
+        self.drop_strangers: Callable[[], Awaitable[None]] = _nobody
+        """The same of others that may write it."""
         self._disk = disk
         self._name = disk.name
         self._ranges = ranges
@@ -94,6 +96,12 @@ class StandbyPeer:
         """Whether a source is bringing the disk up to date: it is not what the source was at any
         moment."""
         return self.history is not None and self.history.record.syncing
+
+    @property
+    def follows(self) -> bool:
+        """Whether the disk is another replnbd's copy, which that alone may write."""
+        record = None if self.history is None else self.history.record
+        return record is not None and record.role is Role.STANDBY and record.pair is not None
 
     @property
     def sending(self) -> bool:
@@ -142,6 +150,7 @@ class StandbyPeer:
         """See `peer.Target`."""
         async with self.turn():
             await self._begin_sync(claim, begin)
+        await self.drop_strangers()
 
     async def end_sync(self, lineage: Lineage) -> None:
         """See `peer.Target`."""

@@ -42,6 +42,7 @@ Laws.
 6. A peer can end its own connection, and nothing else.
 """
 
+from replnbd.server.connection import Connection
 from replnbd.server.contexts import DirtyBitmap
 from replnbd.server.export import Export, ExportStats
 from replnbd.server.limits import WRITE_TIMEOUT_S
@@ -51,6 +52,7 @@ from replnbd.server.tls import Tls, TlsFiles
 
 __all__ = [
     "WRITE_TIMEOUT_S",
+    "Connection",
     "DirtyBitmap",
     "Export",
     "ExportStats",

@@ -22,6 +22,7 @@ from enum import IntEnum, auto
 
 from replnbd.events import EventBus
 from replnbd.nbd import Outcome
+from replnbd.nbd import constants as c
 from replnbd.server.answers import Answers
 from replnbd.server.export import Export
 from replnbd.server.limits import (
@@ -65,6 +66,7 @@ class Connection(asyncio.BufferedProtocol):
         self.peer = peer
         self.contexts = frozenset(outcome.contexts)
         """Metadata contexts that the client has selected."""
+        self.writable = not outcome.transmission_flags & c.FLAG_READ_ONLY
         self.state = State.SERVING
         self.closed = asyncio.Event()
         self._bus = bus

@@ -35,11 +35,7 @@ _READ_ONLY_FLAGS = _CAN_MULTI_CONN | int(
     | c.TransmissionFlag.SEND_FUA
     | c.TransmissionFlag.SEND_CACHE
 )
-_WRITABLE_FLAGS = (_READ_ONLY_FLAGS & ~c.FLAG_READ_ONLY) | int(
-    c.TransmissionFlag.SEND_TRIM
-    | c.TransmissionFlag.SEND_WRITE_ZEROES
-    | c.TransmissionFlag.SEND_FAST_ZERO
-)
+_WRITABLE_FLAGS = _READ_ONLY_FLAGS & ~c.FLAG_READ_ONLY | c.WRITER_FLAGS
 
 _READS = frozenset((c.CMD_READ, c.CMD_CACHE, c.CMD_BLOCK_STATUS))
 
@@ -89,6 +85,7 @@ class Export:
         listed: bool = True,
         allow: Iterable[str] | None = None,
         connections_max: int | None = None,
+        writers: Callable[[], str | None] = lambda: None,
     ) -> None:
         """`bitmaps`: by name, what the metadata contexts qemu:dirty-bitmap:NAME answer.
         `with_digests`: there is a metadata context x-replnbd:digest, by the key that `digest_key`
@@ -96,6 +93,8 @@ class Export:
         `listed`: LIST shows it; if not, who uses it has to know its name.
         `allow`: who may use it, by the names in their certificates; None: everybody.
         `connections_max`: how many clients may use it at a time; None: as many as come.
+        `writers`: the metadata context that a client must have selected to write, asked at each
+        handshake; None: none.
 
         Raises ConfigError for a name or description that the protocol cannot carry.
         """
@@ -116,6 +115,7 @@ class Export:
         """Metadata contexts by name, in the order of LIST_META_CONTEXT."""
         self.stats = ExportStats()
         self.connections_max = connections_max
+        self._writers = writers
         self.connections: set[Connection] = set()
         """Its clients, and those that have vanished while operations of theirs are still ending:
         as long as one of those may change the disk, nobody takes its place."""
@@ -149,6 +149,7 @@ class Export:
             refusal,
             needs_tls=self.allow is not None and not client.secure,
             contexts=tuple(self.contexts),
+            writers=self._writers(),
         )
 
     def failed(self, failure: BaseException, request: Request, bus: EventBus) -> Refusal:

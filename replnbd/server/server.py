@@ -7,7 +7,7 @@ import logging
 import resource
 import socket
 import sys
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -123,10 +123,11 @@ class NbdServer:
         export.refusal = reason
         return self._disconnect(export, reason)
 
-    def dismiss(self, name: str, context: str, reason: str) -> Coroutine[Any, Any, None]:
-        """As `fence`, of those clients that have selected a metadata context, and no new ones."""
-        export = self._find(name)
-        return _dismiss([each for each in self._of(export) if context in each.contexts], reason)
+    def dismiss(
+        self, name: str, chosen: Callable[[Connection], bool], reason: str
+    ) -> Coroutine[Any, Any, None]:
+        """As `fence`, of those clients that are `chosen`, and no new ones."""
+        return _dismiss([each for each in self._of(self._find(name)) if chosen(each)], reason)
 
     def unfence(self, name: str) -> None:
         """Let clients use the export again."""
@@ -251,11 +252,12 @@ class NbdServer:
         self._connections[connection] = bound
         self._deadlines.watch(connection, transport.get_extra_info("socket"))
         log.info(
-            "%s: uses export %s (%s replies%s)",
+            "%s: uses export %s (%s replies%s%s)",
             negotiation.peer,
             export.name,
             outcome.replies.name,
             ", TLS" if negotiation.secure else "",
+            "" if connection.writable or not export.writable else ", to read only",
         )
         connection.start(transport, negotiation.early, write_paused=negotiation.write_paused)
 

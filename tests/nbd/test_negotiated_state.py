@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import pytest
 from handshake_support import (
@@ -60,7 +61,9 @@ from replnbd.nbd import (
     TlsMode,
 )
 
-DF, STATUS_PAYLOAD = 0x80, 0x1000
+READ_ONLY, DF, STATUS_PAYLOAD = 0x2, 0x80, 0x1000
+WRITER_FLAGS = 0x20 | 0x40 | 0x800
+"""SEND_TRIM, SEND_WRITE_ZEROES, SEND_FAST_ZERO."""
 SECRET = ExportOffer("secret", "for the few", 4096, 1, needs_tls=True)
 STRUCTURED = option(STRUCTURED_REPLY)
 EXTENDED = option(EXTENDED_HEADERS)
@@ -312,6 +315,34 @@ def test_what_a_go_has_negotiated(
     assert handshake.outcome.replies is replies
     assert handshake.outcome.contexts == selected
     assert handshake.outcome.transmission_flags == DISK.transmission_flags | flags
+
+
+@pytest.mark.parametrize(
+    ("sent", "writes"),
+    [
+        (option(EXPORT_NAME, b"disk"), False),
+        (choose(GO, "disk"), False),
+        (STRUCTURED + meta(SET_META, "disk", BASE, DEPTH) + choose(GO, "disk"), False),
+        (STRUCTURED + meta(SET_META, "disk", BITMAP) + choose(GO, "disk"), True),
+        (EXTENDED + meta(SET_META, "disk", BASE, BITMAP) + choose(GO, "disk"), True),
+        (
+            STRUCTURED + meta(SET_META, "disk", BITMAP) + meta(SET_META, "disk", BASE)
+            + choose(GO, "disk"),
+            False,
+        ),
+    ],
+    ids=["by-name", "without", "with-others", "with-it", "with-it-and-another", "given-up"],
+)  # fmt: skip
+def test_who_has_not_chosen_the_context_of_those_who_write_may_only_read(
+    sent: bytes, writes: bool
+) -> None:
+    handshake = Handshake(Directory(replace(DISK, writers=BITMAP)))
+    handshake.receive(FIXED + sent)
+    drain(handshake)
+    assert handshake.outcome is not None
+    read_only = DISK.transmission_flags & ~WRITER_FLAGS | READ_ONLY
+    expected = DISK.transmission_flags if writes else read_only
+    assert handshake.outcome.transmission_flags & ~(DF | STATUS_PAYLOAD) == expected
 
 
 def test_ids_of_contexts_are_unique_and_the_same_each_time() -> None:
