@@ -182,6 +182,14 @@ class PrimaryDisk:
         if not self.lent:
             await self.link.stop()
 
+    def check_demote(self) -> None:
+        """StateError if its standby takes what this disk sends: it has not taken over."""
+        if not self.lent and self.link.state in (LinkState.SYNCING, LinkState.LIVE):
+            raise StateError(
+                f"the standby of '{self.name}' has not taken over: 'failover' there comes first"
+                " (or 'stop' here)"
+            )
+
     async def demote(self) -> None:
         """This disk is a standby's from now on. StateError if that cannot be recorded."""
         await self.link.stop()

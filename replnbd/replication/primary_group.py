@@ -99,8 +99,10 @@ class PrimaryGroup:
     @whole
     async def demote(self) -> None:
         """All disks are a standby's from now on, and are about to be closed. StateError if that
-        cannot be recorded."""
+        cannot be recorded, or a standby still follows: then there would be no primary at all."""
         async with self._turn:
+            for disk in self.disks:
+                disk.check_demote()
             for disk in self.disks:
                 await disk.demote()
 

@@ -93,3 +93,20 @@ def test_a_primary_cannot_take_over_from_itself(short_dir: Path) -> None:
         assert line.startswith("replnbd: a primary cannot take over")
         assert pair.source.status()["stage"] == "running"
         pair.compare()
+
+
+def test_a_primary_whose_standby_follows_is_not_demoted(short_dir: Path) -> None:
+    """On the wrong host that would leave no primary at all."""
+    with Pair(short_dir, 2) as pair:
+        pair.source.begin()
+        pair.wait_in_step()
+        pair.start_guests()
+        pair.run_for(5)
+        line = refusal(run_replnbd("demote", "--control", pair.source.control))
+        assert "the standby of 'a0' has not taken over" in line
+        pair.run_for(5)
+        pair.compare()
+        pair.source.qmp.execute("xen-set-replication", {"enable": False, "primary": True})
+        pair.stop_guests()
+        pair.source.qmp.execute("x-replnbd-demote")
+        assert pair.source.role == "secondary"
