@@ -88,8 +88,10 @@ class Server:
         self.process.kill()
 
 
-def nbdkit(folder: Path, *words: str | Path, threads: int = 16) -> Server:
-    """nbdkit with filters, a plugin and their parameters."""
+def nbdkit(folder: Path, *words: str | Path, threads: int = 1) -> Server:
+    """nbdkit with filters, a plugin and their parameters. With several threads a connection it
+    does things at the same time, in any order, but nbdkit 1.32.5 may abort when a client leaves
+    (raw_send_socket: `sock >= 0')."""
     return Server(folder, "nbdkit", "-f", "-t", str(threads), "-U", "SOCKET", *words)
 
 

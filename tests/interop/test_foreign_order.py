@@ -19,9 +19,8 @@ pytestmark = [pytest.mark.interop, pytest.mark.slow]
 def test_what_is_about_to_be_written_is_taken_for_no_hole(short_dir: Path, length: int) -> None:
     """nbdkit tells at once what is a hole, and takes its time for a write: when that is asked, the
     write to what is zeroes here again must be over."""
-    server = nbdkit(
-        short_dir, "--filter=delay", "memory", str(SIZE), "delay-write=700ms", "delay-zero=0"
-    )
+    delays = ["delay-write=700ms", "delay-zero=0"]
+    server = nbdkit(short_dir, "--filter=delay", "memory", str(SIZE), *delays, threads=16)
     with Foreign(short_dir, server) as world:
         world.client.write_zeroes(0, SIZE)
         world.content[:] = bytes(SIZE)
@@ -38,7 +37,7 @@ def test_a_target_stays_in_step_while_a_few_blocks_are_written_all_the_time(
     short_dir: Path, sync: bool
 ) -> None:
     """What has to wait for the write before it waits here, and is not copied later on."""
-    server = nbdkit(short_dir, "--filter=delay", "memory", str(SIZE), "delay-write=3ms")
+    server = nbdkit(short_dir, "--filter=delay", "memory", str(SIZE), "delay-write=3ms", threads=16)
     with Foreign(short_dir, server, sync=sync) as world:
         world.begin()
         copied = world.primary.link()["copied-bytes"]
@@ -66,6 +65,7 @@ def test_a_write_of_a_lost_connection_does_not_win(short_dir: Path) -> None:
         short_dir, "eval", "thread_model=echo parallel", f"get_size=echo {SIZE}",
         f"pread=dd if={disk} bs=1M skip=$4 count=$3 iflag=skip_bytes,count_bytes status=none",
         f"pwrite=if [ -e {slow} ]; then sleep 1; fi; {move}",
+        threads=16,
     )  # fmt: skip
     with Foreign(short_dir, server, program=IMPATIENT) as world:
         world.begin()

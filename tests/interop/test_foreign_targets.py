@@ -38,12 +38,10 @@ def throttled(folder: Path, *, requests_per_s: int) -> Server:
 
 
 def memory(*filters: str) -> Callable[[Path], Server]:
-    """nbdkit's memory behind filters; what has a = is a parameter. One thread a connection: with
-    more, nbdkit 1.32.5 may abort when a client leaves (raw_send_socket: `sock >= 0')."""
+    """nbdkit's memory behind filters; what has a = is a parameter."""
     words = [f"--filter={word}" for word in filters if "=" not in word]
     parameters = [word for word in filters if "=" in word]
-    words += ["memory", str(SIZE), *parameters]
-    return lambda folder: nbdkit(folder, *words, threads=1)
+    return lambda folder: nbdkit(folder, *words, "memory", str(SIZE), *parameters)
 
 
 POLICY = "blocksize-error-policy=error"
@@ -52,7 +50,7 @@ TARGETS: dict[str, Callable[[Path], Server]] = {
     "qemu-nbd-raw": lambda folder: qemu_nbd(folder, "raw", bytes(SIZE)),
     "qemu-nbd-qcow2": lambda folder: qemu_nbd(folder, "qcow2", bytes(SIZE)),
     "memory": memory(),
-    "file": lambda folder: nbdkit(folder, "file", file_of(folder), threads=1),
+    "file": lambda folder: nbdkit(folder, "file", file_of(folder)),
     "throttled": lambda folder: throttled(folder, requests_per_s=1500),
     "blocks-of-512": memory("blocksize-policy", "blocksize-minimum=512", POLICY),
     "blocks-of-4096": memory("blocksize-policy", "blocksize-minimum=4096", POLICY),
