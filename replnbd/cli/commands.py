@@ -49,6 +49,7 @@ def start(control: str, wait: bool) -> None:
         disks = client.execute("x-replnbd-status")["disks"]
         if not wait or any(disk["stage"] != "running" for disk in disks):
             client.execute("xen-set-replication", enable=True, primary=_is_primary(client))
+        _check_running(client)
         if wait:
             _wait_in_step(client)
         _say_stages(client)
@@ -64,12 +65,15 @@ def checkpoint(control: str) -> None:
     """
     with ControlClient(control) as client:
         client.execute("xen-colo-do-checkpoint")
-        disks = client.execute("x-replnbd-status")["disks"]
+        status = client.execute("x-replnbd-status")
+    disks = status["disks"]
+    sending = status["role"] == "primary" or any(map(_sends, disks))
     for disk in disks:
-        click.echo(f"{disk['name']}: {disk['stage']}, {_checkpoint_of(disk)}")
-    lost = [disk for disk in disks if _sends(disk) and disk["link"]["state"] != "live"]
+        result = _arrival_of(disk) if sending else f"checkpoint {disk['checkpoints']}"
+        click.echo(f"{disk['name']}: {disk['stage']}, {result}")
+    lost = [disk for disk in disks if sending and _link_state(disk) != "live"]
     if lost:
-        what = "; ".join(f"'{disk['name']}': {show.link_line(disk['link'])}" for disk in lost)
+        what = "; ".join(f"'{disk['name']}': {_link_line(disk)}" for disk in lost)
         raise StateError(f"what was written is not at the standby: {what}")
 
 
@@ -126,7 +130,7 @@ def verify(control: str) -> None:
     if any(str(result).endswith("differed") for result in results.values()):
         raise StateError("not equal to the standby's; what differed is copied again")
     if set(results.values()) != {"equal"}:
-        raise StateError("the comparison did not come to its end")
+        raise StateError("not all has been compared")
 
 
 @click.command()
@@ -163,6 +167,7 @@ def failover(control: str, wait: bool, target: str | None) -> None:
             raise StateError("a primary cannot take over: say so to its standby, or 'stop' here")
         to = {} if target is None else {"x-replnbd-to": target}
         client.execute("xen-set-replication", enable=False, primary=False, failover=True, **to)
+        _check_taken_over(client)
         if wait:
             _wait_for_commit(client)
         _say_stages(client)
@@ -232,18 +237,44 @@ def jobs(control: str, as_json: bool) -> None:
 
 def _sends(disk: dict[str, Any]) -> bool:
     """Whether what is written to it is to go to a standby."""
-    return disk["link"] is not None and disk["link"]["state"] != "off"
+    return _link_state(disk) != "off"
 
 
-def _checkpoint_of(disk: dict[str, Any]) -> str:
-    if disk["mode"] == "secondary" and not _sends(disk):
-        return f"checkpoint {disk['checkpoints']}"
-    state = disk["link"]["state"]
+def _link_state(disk: dict[str, Any]) -> str:
+    return "off" if disk["link"] is None else str(disk["link"]["state"])
+
+
+def _link_line(disk: dict[str, Any]) -> str:
+    return "off" if disk["link"] is None else show.link_line(disk["link"])
+
+
+def _arrival_of(disk: dict[str, Any]) -> str:
+    state = _link_state(disk)
     return "all has arrived" if state == "live" else f"not at the standby ({state})"
 
 
 def _is_primary(client: ControlClient) -> bool:
     return bool(client.execute("x-replnbd-status")["role"] == "primary")
+
+
+def _check_taken_over(client: ControlClient) -> None:
+    """StateError if the command was ignored, as QEMU does, where it is not one already."""
+    for disk in client.execute("x-replnbd-status")["disks"]:
+        if not disk["fenced"]:
+            raise StateError(
+                f"'{disk['name']}' was stopped, and has no view to take over: 'reset' and 'start'"
+                " come first"
+            )
+
+
+def _check_running(client: ControlClient) -> None:
+    """The same, where replication has been stopped."""
+    for disk in client.execute("x-replnbd-status")["disks"]:
+        if disk["stage"] == "running" or _sends(disk):
+            continue
+        if disk.get("fenced"):
+            raise StateError(f"'{disk['name']}' has taken over: 'replicate' sends it to a standby")
+        raise StateError(f"'{disk['name']}' was stopped: 'reset' comes first")
 
 
 def _say_stages(client: ControlClient) -> None:

@@ -260,11 +260,11 @@ def _check_disk(disk: DiskConfig, directory: Path) -> None:
         raise ConfigError("key 'secondary' is missing: the file of the secondary disk")
     if is_nbd_uri(disk.secondary):
         disk.secondary = _check_remote("secondary", disk.secondary, disk.format, directory)
-        for key in ("hidden", "active"):
-            if not getattr(disk, key):
-                raise ConfigError(f"key '{key}' is missing: with an NBD URI it has no default")
+    for key in ("hidden", "active"):
+        if not getattr(disk, key) and has_no_place_beside(disk.secondary):
+            raise ConfigError(f"key '{key}' is missing: for {disk.secondary} it has no default")
     disk.hidden = disk.hidden or f"{disk.secondary}.hidden.qcow2"
-    if _has_no_place_beside(disk.secondary):
+    if has_no_place_beside(disk.secondary):
         disk.history = disk.history or f"{disk.hidden}.history"
     disk.active = disk.active or f"{disk.secondary}.active.qcow2"
     disk.format = disk.image_format  # type: ignore[assignment]
@@ -285,7 +285,7 @@ def _check_primary(disk: DiskConfig, directory: Path) -> None:
         raise ConfigError("key 'disk' is missing: the file of the local disk")
     if is_nbd_uri(disk.disk):
         disk.disk = _check_remote("disk", disk.disk, disk.format, directory)
-    if disk.history is None and _has_no_place_beside(disk.disk):
+    if disk.history is None and has_no_place_beside(disk.disk):
         raise ConfigError(f"key 'history' is missing: for {disk.disk} it has no default")
     if disk.to is not None:
         disk.to = _check_remote("to", disk.to, None, directory)
@@ -296,8 +296,8 @@ def _check_primary(disk: DiskConfig, directory: Path) -> None:
     _make_absolute(disk, directory)
 
 
-def _has_no_place_beside(disk: str) -> bool:
-    """Of a device, and of what another NBD server has."""
+def has_no_place_beside(disk: str) -> bool:
+    """Of a device, for a file in /dev is gone after the next boot; of what an NBD server has."""
     return is_nbd_uri(disk) or disk.startswith("/dev/")
 
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from replnbd.daemon.config import DiskConfig
-from replnbd.daemon.histories import role_of
+from replnbd.daemon.config import DiskConfig, has_no_place_beside
+from replnbd.daemon.histories import history_path, role_of
 from replnbd.daemon.recovery import holds_views, remove_journal
 from replnbd.replication import Role
+from replnbd.replication.history import SUFFIX
 
 
 async def begins_as_standby(disks: Sequence[DiskConfig]) -> bool:
@@ -39,8 +40,11 @@ def view_name(disk: DiskConfig) -> str:
 
 def demoted(disk: DiskConfig) -> DiskConfig:
     """The table of a disk in mode primary, as that of a standby's: with the view NAME-top, and the
-    overlays beside the disk."""
+    overlays beside the disk; where there is no such place, beside its history."""
     assert disk.disk is not None
+    place = disk.disk
+    if has_no_place_beside(place):
+        place = history_path(disk).removesuffix(SUFFIX)
     return msgspec.structs.replace(
         disk,
         mode="secondary",
@@ -49,6 +53,6 @@ def demoted(disk: DiskConfig) -> DiskConfig:
         disk=None,
         to=None,
         sync=None,
-        hidden=f"{disk.disk}.hidden.qcow2",
-        active=f"{disk.disk}.active.qcow2",
+        hidden=f"{place}.hidden.qcow2",
+        active=f"{place}.active.qcow2",
     )

@@ -131,6 +131,32 @@ async def open_disk(
     return disk
 
 
+async def make_overlays(config: DiskConfig, size: int, created: list[str]) -> None:
+    """What `open_disk` would create, for a disk of `size` bytes. ConfigError."""
+    assert config.secondary is not None
+    assert config.hidden is not None
+    assert config.active is not None
+    await _make_overlay(config.hidden, size, config.secondary, config.image_format, created)
+    await _make_overlay(config.active, size, config.hidden, "qcow2", created)
+
+
+async def _make_overlay(
+    path: str, size: int, backing_path: str, backing_format: str, created: list[str]
+) -> None:
+    if os.path.lexists(path):
+        return
+    recorded = _relative(backing_path, path)
+    await create_image(
+        path,
+        size,
+        backing_file=recorded,
+        backing_format=backing_format,
+        identity=secrets.token_bytes(16),
+    )
+    created.append(path)
+    log.info("created %s over %s (%d bytes)", path, recorded, size)
+
+
 async def _open_overlay(
     config: DiskConfig,
     key: str,
@@ -142,17 +168,7 @@ async def _open_overlay(
     last_end: LastEnd | None,
 ) -> Qcow2Node:
     path = getattr(config, key)
-    if not os.path.lexists(path):
-        recorded = _relative(backing_path, path)
-        await create_image(
-            path,
-            backing.size,
-            backing_file=recorded,
-            backing_format=backing_format,
-            identity=secrets.token_bytes(16),
-        )
-        created.append(path)
-        log.info("created %s over %s (%d bytes)", path, recorded, backing.size)
+    await _make_overlay(path, backing.size, backing_path, backing_format, created)
     overlay = await open_image(
         path,
         format="qcow2",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from replnbd.block import BlockNode
 from replnbd.daemon.config import DiskConfig
-from replnbd.daemon.demotion import forget_standby, view_name
+from replnbd.daemon.demotion import demoted, forget_standby, view_name
 from replnbd.daemon.describe import primary_nodes, primary_status
 from replnbd.daemon.histories import history_path, last_end_of, make_history, open_history
-from replnbd.daemon.images import check_sectors, open_image
+from replnbd.daemon.images import check_sectors, make_overlays, open_image
 from replnbd.daemon.quorum import PrimaryQuorum
 from replnbd.daemon.side import Services, Side
-from replnbd.errors import StateError
+from replnbd.errors import ConfigError, StateError
 from replnbd.replication import (
     RESYNC_BITMAP,
     History,
@@ -76,8 +77,17 @@ class PrimarySide(Side):
         await self.group.close()
 
     async def demote(self) -> None:
-        """Whatever becomes of the disks: from now on they are a standby's. StateError."""
-        await self.group.demote()
+        """Whatever becomes of the disks: from now on they are a standby's. StateError if it cannot
+        be, and nothing has changed."""
+        created: list[str] = []
+        try:
+            for config, disk in zip(self.configs, self.group.disks, strict=True):
+                await make_overlays(demoted(config), disk.disk.size, created)
+            await self.group.demote()
+        except (ConfigError, StateError) as exc:
+            for path in created:
+                os.unlink(path)
+            raise StateError(str(exc)) from exc
 
     def verify(self) -> None:
         """See `control.Backend`."""

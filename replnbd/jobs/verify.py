@@ -2,7 +2,8 @@
 
 What is BEHIND is known to differ, and what is on its way may. So a granule whose digests differ is
 looked at again, until they do not, or until it was CLEAN, and stayed so, while they were taken:
-that is a mismatch. It is told, falls behind, and is copied again.
+that is a mismatch. It is told, falls behind, and is copied again. What is BEHIND then, or is being
+written at every look, is told as not compared.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ log = logging.getLogger(__name__)
 
 AGAIN_S = 0.5
 """Until a granule that was being written is looked at again."""
+LOOKS_MAX = 20
+"""At one granule."""
 
 
 class VerifyJob(Job):
-    """`source` with `target`, whose lacks are in `dirty`. Ends when all has
-    been compared; OSError if something could not be."""
+    """`source` with `target`, whose lacks are in `dirty`. OSError if one cannot be read."""
 
     type = "x-replnbd-verify"
 
@@ -40,6 +42,8 @@ class VerifyJob(Job):
         super().__init__(job_id, bus)
         self.mismatches = 0
         """Bytes, in granules."""
+        self.skipped = 0
+        """The same, of what could not be compared."""
         self.progress_total = source.size
         self._source = source
         self._dirty = dirty
@@ -58,16 +62,20 @@ class VerifyJob(Job):
             return self._error_text()
         if self.status not in (JobStatus.CONCLUDED, JobStatus.NULL):
             return None
-        return f"{self.mismatches} bytes differed" if self.mismatches else "equal"
+        if self.mismatches:
+            return f"{self.mismatches} bytes differed"
+        return f"{self.skipped} bytes could not be compared" if self.skipped else "equal"
 
     def on_end(self) -> None:
         if self.error is None:
-            found = f"{self.mismatches} bytes differ" if self.mismatches else "all is equal"
-            log.info("%s: compared %d bytes: %s", self.id, self._source.size, found)
-        self._bus.emit("x-replnbd-verified", id=self.id, mismatches=self.mismatches)
+            found = f"{self.mismatches} differ, {self.skipped} could not be compared"
+            log.info("%s: of %d bytes, %s", self.id, self._source.size, found)
+        counts = {"mismatches": self.mismatches, "skipped": self.skipped}
+        self._bus.emit("x-replnbd-verified", id=self.id, **counts)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"x-replnbd-mismatches": self.mismatches}
+        counts = {"mismatches": self.mismatches, "skipped": self.skipped}
+        return super().describe() | {f"x-replnbd-{name}": count for name, count in counts.items()}
 
     async def _compare(self, offset: int, length: int) -> int:
         """The granules from `offset` on, as far as both sides tell at once; returns how far."""
@@ -102,7 +110,9 @@ class VerifyJob(Job):
 
     async def _look_again(self, offset: int, length: int) -> None:
         """Until the digests are equal, or nothing was written between them being taken."""
-        while not self._dirty.is_behind(offset, length):
+        for _ in range(LOOKS_MAX):
+            if self._dirty.is_behind(offset, length):
+                break
             proofs, clean = self._dirty.proofs, self._dirty.is_clean(offset)
             theirs = await self._target.digests(offset, length)
             if theirs == await digests(self._source, offset, length, self._key):
@@ -115,3 +125,4 @@ class VerifyJob(Job):
                 return
             await asyncio.sleep(AGAIN_S)
             await self.pause_point()
+        self.skipped += length

@@ -275,7 +275,7 @@ class Forwarder:
         try:
             # In its own epoch, whose end may have come: that waits for what was marked before it.
             self._post(entered, command, flags, offset, length, payload, answered)
-            if answered is not None and (await answered is not None or self._gap):
+            if answered and (await answered or self._gap or self.connection is None):
                 await self._before_alone()  # before the client is told
         finally:
             entered.leave()

@@ -16,7 +16,7 @@ A target that has no such export is none of ours (QEMU, nbdkit): then nobody kee
 from __future__ import annotations
 
 import errno
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -40,6 +40,8 @@ def peer_export(name: str) -> str:
 
 VERSION = 1
 
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
 # The last two: of text that is not UTF-8, and of deep nesting, even where nobody looks at it.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -55,6 +57,8 @@ class PeerState(msgspec.Struct, forbid_unknown_fields=False, rename="kebab", kw_
     """It has taken over."""
     syncing: bool
     claim: Claim
+    failed: Count = 0
+    """How many writes of sources have failed in this process."""
     primary: bool = False
     """It is none for anybody."""
     refusal: str | None = None
@@ -82,6 +86,8 @@ class End(msgspec.Struct, tag="end", tag_field="say", rename="kebab", kw_only=Tr
 
     lineage: Lineage
     session: Name | None = None
+    failed: Count | None = None
+    """Of the target's state, before the source proved that all has arrived."""
 
 
 class Target(Protocol):
@@ -97,8 +103,9 @@ class Target(Protocol):
     async def begin_sync(self, claim: Claim, plan: Plan) -> None:
         """A source begins. StateError, with the reason, if it must not."""
 
-    async def end_sync(self, lineage: Lineage) -> None:
-        """All has arrived. StateError if nothing has begun."""
+    async def end_sync(self, lineage: Lineage, failed: int | None) -> None:
+        """All has arrived. StateError if nothing has begun, or more than `failed` writes have
+        failed: that the source knows of the others is not certain."""
 
 
 class NoDisk:
@@ -126,7 +133,7 @@ class NoDisk:
         """See `Target`."""
         raise StateError(str(self._state.refusal))
 
-    async def end_sync(self, lineage: Lineage) -> None:
+    async def end_sync(self, lineage: Lineage, failed: int | None) -> None:
         """See `Target`."""
         raise StateError(str(self._state.refusal))
 
@@ -169,7 +176,7 @@ class PeerNode(BlockNode):
         if isinstance(message, Begin):
             await self._target.begin_sync(message.claim, message.plan)
         else:
-            await self._target.end_sync(message.lineage)
+            await self._target.end_sync(message.lineage, message.failed)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

@@ -69,7 +69,7 @@ class NoTarget:
             self._disk.refuse(str(exc))
         raise StateError(TWO_PRIMARIES)
 
-    async def end_sync(self, lineage: Lineage) -> None:
+    async def end_sync(self, lineage: Lineage, failed: int | None) -> None:
         """See `peer.Target`."""
         raise StateError(TWO_PRIMARIES)
 

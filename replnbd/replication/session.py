@@ -180,8 +180,11 @@ class Session:
                 self._forwarder.keep_in_step()
                 self._link.tell_ready(ready=True)
                 if not self._must_sync and self._link.others_ready:
-                    self._link.set_state(LinkState.LIVE)
-                    await self._wake.wait()
+                    if self._link.state is not LinkState.LIVE and self._peer is None:
+                        await self._forwarder.prove()  # LIVE says that what was written is there
+                    if not self._wake.is_set():
+                        self._link.set_state(LinkState.LIVE)
+                        await self._wake.wait()
                 elif self._must_sync or self._peer is None:  # until the others are ready, too
                     self._link.set_state(LinkState.SYNCING)
                     await self._wake.wait()
@@ -210,6 +213,7 @@ class Session:
         self._forwarder.keep_in_step()
         if self._history.map.behind:
             return True  # once more
+        failed = None if self._peer is None else (await ask(self._peer)).failed
         await self._forwarder.prove()
         if self._forwarder.refused:
             return True  # once more
@@ -220,7 +224,7 @@ class Session:
         # First here: who dies in between must not go on alone under the generation of the target.
         lineage = await self._history.in_step()
         if self._peer is not None:
-            await say(self._peer, End(lineage=lineage, session=self._name))
+            await say(self._peer, End(lineage=lineage, session=self._name, failed=failed))
             self._agreed = lineage
         return True
 

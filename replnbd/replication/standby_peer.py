@@ -100,8 +100,10 @@ class StandbyPeer:
     @property
     def follows(self) -> bool:
         """Whether the disk is another replnbd's copy, which that alone may write."""
-        record = None if self.history is None else self.history.record
-        return record is not None and record.role is Role.STANDBY and record.pair is not None
+        if self.history is None or self.history.record.pair is None:
+            return False
+        record = self.history.record
+        return record.foreign is None and (record.role is Role.STANDBY or record.retracting)
 
     @property
     def sending(self) -> bool:
@@ -125,8 +127,7 @@ class StandbyPeer:
     def _missed(self) -> bool:
         """Whether a write of its primary has failed here since they were in step: the primary will
         say so and send it again, but may have sent others behind it."""
-        followed = self.history is not None and self.history.record.role is Role.STANDBY
-        return followed and self._disk.primary.writes_failed != self._failed_before
+        return self.follows and self._disk.primary.writes_failed != self._failed_before
 
     # Section: as a target
 
@@ -140,6 +141,7 @@ class StandbyPeer:
             fenced=disk.promoted,
             syncing=self.syncing,
             claim=self.claim,
+            failed=disk.primary.writes_failed,
         )
 
     async def enter(self) -> None:
@@ -152,20 +154,22 @@ class StandbyPeer:
             await self._begin_sync(claim, begin)
         await self.drop_strangers()
 
-    async def end_sync(self, lineage: Lineage) -> None:
+    async def end_sync(self, lineage: Lineage, failed: int | None) -> None:
         """See `peer.Target`."""
         async with self.turn():
             begun = self._begun
             if self.history is None or begun is None or not self.syncing:
                 raise StateError(f"no synchronisation of '{self._name}' has begun")
-            failed = self._disk.primary.writes_failed
+            failed_now = self._disk.primary.writes_failed
+            if failed not in (None, failed_now):
+                raise StateError(f"a write to '{self._name}' has failed meanwhile")
             began_as = None if begun.lineage is None else begun.lineage.generation
             if began_as not in (None, lineage.generation, *lineage.ancestors):
                 raise StateError(f"the synchronisation of '{self._name}' is another source's")
             with self._recorded():
                 await self.history.end_following(lineage)
             self._begun = None
-            self._failed_before = failed
+            self._failed_before = failed_now
             self._tell_syncing(False)
 
     async def _begin_sync(self, claim: Claim, begin: Plan) -> None:

@@ -87,6 +87,11 @@ def test_a_stop_makes_the_disk_the_primarys_latest(cli: Cli) -> None:
     cli.connect("a-top").pwrite(512, b"dropped")
     assert cli.says("stop") == "a: done\nb: done\n"
     assert cli.connect("a-top").pread(0, SIZE) == b"latest" + content(1)[6:]
+    # QEMU ignores these; whoever types them must not believe that they have happened.
+    assert cli.refused("start") == "'a' was stopped: 'reset' comes first"
+    assert cli.refused("failover", "--wait") == (
+        "'a' was stopped, and has no view to take over: 'reset' and 'start' come first"
+    )
 
 
 def test_what_the_stage_does_not_allow_is_refused_with_qemus_text(cli: Cli) -> None:

@@ -304,7 +304,11 @@ MISTAKES = {
     ),
     "an NBD URI without overlays": (
         DISK.replace("vm0.raw", "nbd://host/disk") + 'hidden = "h"',
-        f"{IN_DISK}: key 'active' is missing: with an NBD URI it has no default",
+        f"{IN_DISK}: key 'active' is missing: for nbd://host/disk it has no default",
+    ),
+    "a device without overlays": (  # files in /dev are gone after a boot, and the fence with them
+        DISK.replace("vm0.raw", "/dev/vg/disk"),
+        f"{IN_DISK}: key 'hidden' is missing: for /dev/vg/disk it has no default",
     ),
     "an overlay over NBD": (
         DISK + 'hidden = "nbd://host/hidden"',

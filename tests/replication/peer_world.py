@@ -199,7 +199,7 @@ class PeerLife:
         while source.marks:
             await self.copy(source, disk)
         source.common = source.lineage.generation
-        await disk.peer.end_sync(source.lineage)
+        await disk.peer.end_sync(source.lineage, disk.primary.writes_failed)
         source.syncing, source.in_step = False, True
 
     async def command(self) -> None:

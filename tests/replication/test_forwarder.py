@@ -145,3 +145,17 @@ async def test_with_sync_a_write_that_the_copy_has_not_is_the_first_of_a_disk_th
     before = disk.steps
     await writing
     assert (before, disk.steps) == (0, 1)
+
+
+async def test_with_sync_a_write_whose_way_is_lost_meanwhile_is_one_of_a_disk_that_goes_on_alone(
+) -> None:  # fmt: skip
+    disk = Disk(sync=True, slow=True)
+    writing = asyncio.create_task(disk.node.pwrite(0, DATA))
+    await turns()
+    disk.forwarder.keep_in_step()
+    assert disk.forwarder.disconnect()
+    assert isinstance(disk.local, Slow)
+    disk.local.may_write.set()
+    before = disk.steps
+    await writing
+    assert (before, disk.steps) == (0, 1)

@@ -14,7 +14,7 @@ from replication_support import Layout, build
 
 from replnbd.block import MemoryNode, read_bytes
 from replnbd.block.digest import GRANULE
-from replnbd.errors import ConfigError
+from replnbd.errors import ConfigError, StateError
 from replnbd.events import EventBus
 from replnbd.filters import FaultNode
 from replnbd.jobs import JobRegistry
@@ -286,3 +286,42 @@ async def test_commands_that_need_a_moment_of_the_primary_wait_for_the_end() -> 
             await command()
     await standby.say(END)
     await standby.group.checkpoint()
+
+
+async def fail_a_write(standby: Standby) -> None:
+    """Of the primary's; later ones do not."""
+    gate = standby.disk.primary
+    good = gate.target
+    gate.target = bad = FaultNode("full", good)
+    bad.fail("pwrite", errno.ENOSPC)
+    with pytest.raises(OSError, match="No space left"):
+        await gate.pwrite(0, b"x" * 512)
+    gate.target = good
+
+
+async def test_an_end_that_knows_nothing_of_a_failed_write_is_refused() -> None:
+    standby = await Standby().start()
+    await standby.say(BEGIN)
+    known = decode_state(await read_bytes(standby.node, 0, NODE_BYTES)).failed
+    await fail_a_write(standby)
+    end = End(lineage=Lineage("source"), failed=known)
+    await refused(standby, end, "a write to 'd' has failed meanwhile")
+    assert standby.disk.peer.syncing
+    await standby.say(End(lineage=Lineage("source"), failed=known + 1))
+    standby.disk.peer.check_in_step("a failover")
+
+
+async def test_a_copy_that_is_nobodys_any_more_is_not_waited_for() -> None:
+    """A QEMU that says nothing of what has failed repeats it, and that is all there is to know."""
+    standby = await Standby().start()
+    await standby.say(BEGIN)
+    await standby.say(END)
+    await fail_a_write(standby)
+    with pytest.raises(StateError, match="being synchronised"):
+        await standby.group.start()
+    await standby.group.reset(force=True)
+    await fail_a_write(standby)
+    await standby.group.start()
+    await fail_a_write(standby)
+    await standby.group.checkpoint()
+    await standby.group.stop()

@@ -30,7 +30,7 @@ class Standby:
     async def begin_sync(self, claim: Claim, plan: Plan) -> None:
         self.calls.append("begin")
 
-    async def end_sync(self, lineage: Lineage) -> None:
+    async def end_sync(self, lineage: Lineage, failed: int | None) -> None:
         self.calls.append("end")
 
 
