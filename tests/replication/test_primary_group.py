@@ -174,6 +174,51 @@ async def test_a_copy_that_is_ready_waits_for_the_others_and_lets_them_go_on(
         await group.close()
 
 
+async def test_a_copy_that_waited_for_another_one_is_live_when_it_has_what_was_written(
+    short_dir: Path,
+) -> None:
+    class Held(PassThrough):
+        driver = "held"
+
+        def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+            return False
+
+        async def pwrite(self, offset: int, data: Buffer) -> None:
+            await may_write.wait()
+            await self.file.pwrite(offset, data)
+
+    may_write = asyncio.Event()
+    may_write.set()
+    copy = MemoryNode(SIZE)
+    for name in "xy":
+        (short_dir / name).mkdir()
+    async with (
+        foreign(short_dir / "x", Held("held", copy)) as to_x,
+        foreign(short_dir / "y", MemoryNode(SIZE)) as to_y,
+    ):
+        group, _ = await primaries(Stage.NONE, Stage.NONE)
+        x, y = group.disks
+        x.to, y.to = to_x, to_y
+        await group.start()
+        await until(lambda: {x.link.state, y.link.state} == {LinkState.LIVE})
+        connection = y.link.forwarder.connection
+        assert connection is not None
+        connection.abort(OSError(errno.ECONNRESET, "lost"))
+        await until(lambda: x.link.state is LinkState.SYNCING)
+        may_write.clear()
+        await x.node.pwrite(0, b"written")
+        await until(lambda: y.link.state is LinkState.LIVE)
+        checkpoint = asyncio.create_task(group.checkpoint())
+        await asyncio.sleep(0.1)
+        assert x.link.state is LinkState.SYNCING
+        assert not checkpoint.done()
+        may_write.set()
+        await checkpoint
+        assert copy.data[:7] == b"written"
+        await until(lambda: x.link.state is LinkState.LIVE)
+        await group.close()
+
+
 async def test_a_way_that_is_lost_is_not_live_from_then_on(short_dir: Path) -> None:
     """What a command reports must not be what was so a moment ago."""
     async with foreign(short_dir, MemoryNode(SIZE)) as to:

@@ -110,3 +110,19 @@ def test_a_primary_whose_standby_follows_is_not_demoted(short_dir: Path) -> None
         pair.stop_guests()
         pair.source.qmp.execute("x-replnbd-demote")
         assert pair.source.role == "secondary"
+
+
+def test_what_a_stop_leaves_to_do_is_not_called_done(short_dir: Path) -> None:
+    with Pair(short_dir, 2) as pair:
+        pair.source.begin()
+        pair.wait_in_step()
+        control = pair.source.control
+        assert run_replnbd("stop", "--control", control).stdout == "a0: done\n"
+        done = run_replnbd("checkpoint", "--control", control)
+        assert (done.status, done.stdout) == (1, "a0: done, not at the standby (off)\n")
+        for command in (("start",), ("start", "--wait")):
+            line = refusal(run_replnbd(*command, "--control", control))
+            assert line == "replnbd: 'a0' was stopped: 'reset' comes first"
+        run_replnbd("reset", "--control", control)
+        assert run_replnbd("start", "--wait", "--control", control).stdout == "a0: running\n"
+        pair.compare()
