@@ -2,8 +2,8 @@
 
 What is BEHIND is known to differ, and what is on its way may. So a granule whose digests differ is
 looked at again, until they do not, or until it was CLEAN, and stayed so, while they were taken:
-that is a mismatch. It is told, falls behind, and is copied again. What is BEHIND then, or is being
-written at every look, is told as not compared.
+that is a mismatch. It is told, falls behind, and is copied again. What is BEHIND or being written
+at every look is told as not compared.
 """
 
 from __future__ import annotations
@@ -109,10 +109,16 @@ class VerifyJob(Job):
         return done
 
     async def _look_again(self, offset: int, length: int) -> None:
-        """Until the digests are equal, or nothing was written between them being taken."""
-        for _ in range(LOOKS_MAX):
+        """Until the digests are equal, or nothing was written between them being taken. What is
+        BEHIND is given its time to be copied; if that was in vain once, no more."""
+        for look in range(LOOKS_MAX):
+            if look:
+                await asyncio.sleep(AGAIN_S)
+                await self.pause_point()
             if self._dirty.is_behind(offset, length):
-                break
+                if self.skipped:
+                    break
+                continue
             proofs, clean = self._dirty.proofs, self._dirty.is_clean(offset)
             theirs = await self._target.digests(offset, length)
             if theirs == await digests(self._source, offset, length, self._key):
@@ -123,6 +129,4 @@ class VerifyJob(Job):
                 await self._dirty.mark_behind(offset, length)
                 self._target.nudge()
                 return
-            await asyncio.sleep(AGAIN_S)
-            await self.pause_point()
         self.skipped += length

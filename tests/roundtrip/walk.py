@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,7 +187,8 @@ class Walk:
             return
         wait_until(self._verify_begins, "a moment in step")
         pair.wait_links(lambda link: link["verified"] is not None, "the comparison")
-        assert {link["verified"] for link in pair.links()} == {"equal"}, pair.links()
+        for link in pair.links():  # a guest may be faster than the network for as long as it takes
+            assert re.fullmatch(r"equal|\d+ bytes could not be compared", link["verified"]), link
 
     def _verify_begins(self) -> bool:
         # A guest that writes more than the network takes puts it out of step, for a moment.
