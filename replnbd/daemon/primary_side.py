@@ -79,6 +79,7 @@ class PrimarySide(Side):
     async def demote(self) -> None:
         """Whatever becomes of the disks: from now on they are a standby's. StateError if it cannot
         be, and nothing has changed."""
+        self.group.check_demote()
         created: list[str] = []
         try:
             for config, disk in zip(self.configs, self.group.disks, strict=True):

@@ -106,13 +106,12 @@ class StandbySide(Side):
 
         The images below the gates belong to their disk: written from outside they would break the
         view, and read from outside they would not be coherent."""
-        writers: Callable[[], str | None]
         for disk, config in zip(self.group.disks, self.configs, strict=True):
             if node_name == disk.primary.name:
-                node, allow, writers = disk.primary, config.allow, partial(_writers, disk)
+                node, allow = disk.primary, config.allow
                 changes = partial(primary_changes, disk)
             elif node_name == disk.standby.name:
-                node, allow, writers = disk.standby, config.top_allow, _everybody
+                node, allow = disk.standby, config.top_allow
                 changes = partial(standby_changes, disk)
             else:
                 continue
@@ -129,7 +128,7 @@ class StandbySide(Side):
                 digest_key=disk.peer.digest_key,
                 allow=allow,
                 connections_max=connections_max,
-                writers=writers,
+                writers=partial(_writers, disk) if node is disk.primary else None,
             )
             if disk.promoted and node is disk.primary:
                 export.refusal = disk.fence_reason
@@ -260,10 +259,6 @@ class StandbySide(Side):
 def _writers(disk: StandbyDisk) -> str | None:
     """What another client wrote to a replnbd's copy, nobody would know to differ."""
     return RESYNC_CONTEXT if disk.peer.follows else None
-
-
-def _everybody() -> None:
-    return None
 
 
 def _is_source(client: Connection) -> bool:

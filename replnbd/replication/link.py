@@ -87,7 +87,7 @@ class Link:
         self.forwarder = Forwarder(
             history.map,
             sync=sync,
-            before_alone=self._before_alone,
+            before_alone=self.before_alone,
             on_behind=self.nudge,
             on_bad=self._bad,
         )
@@ -182,8 +182,8 @@ class Link:
         if task is None or task.done() or self._yanked:
             return
         self._yanked = True
-        if self._session is not None and self.state in (LinkState.SYNCING, LinkState.LIVE):
-            self._session.lose(_yanked())
+        if self._session is not None and self._session.was_up:
+            self._session.lose(_yanked())  # what is to be done at its end must not be cancelled
         else:
             task.cancel()
             self._end_yanked()
@@ -333,12 +333,10 @@ class Link:
             self._report_bad("flush", reason, 0, 0)
         self._down(reason)  # at once: who asks now is not to hear that it is LIVE
 
-    async def disconnected(self, *, lossy: bool) -> None:
-        """A session has ended; `lossy`: what clients know to be written may not have arrived."""
+    def disconnected(self) -> None:
+        """There is no way any more; to be told before anything else can happen."""
         self.forwarder.alone = self.history.is_shared
         self.tell_ready(ready=False)
-        if lossy:
-            await self._before_alone()
 
     @property
     def lent(self) -> bool:
@@ -356,7 +354,8 @@ class Link:
 
     # Section: what the forwarder tells
 
-    async def _before_alone(self) -> None:
+    async def before_alone(self) -> None:
+        """Before clients are told of what the copy lacks: the disk goes on alone."""
         async with self._stepping:
             if self.history.is_shared:
                 await self.history.step()

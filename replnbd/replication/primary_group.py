@@ -96,13 +96,17 @@ class PrimaryGroup:
                 raise StateError("replnbd is shutting down")
             yield
 
+    def check_demote(self) -> None:
+        """StateError if a standby still follows: then there would be no primary at all."""
+        for disk in self.disks:
+            disk.check_demote()
+
     @whole
     async def demote(self) -> None:
         """All disks are a standby's from now on, and are about to be closed. StateError if that
-        cannot be recorded, or a standby still follows: then there would be no primary at all."""
+        cannot be recorded; see also `check_demote`."""
         async with self._turn:
-            for disk in self.disks:
-                disk.check_demote()
+            self.check_demote()
             for disk in self.disks:
                 await disk.demote()
 

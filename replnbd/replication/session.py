@@ -301,6 +301,7 @@ class Session:
         if connection is not None:
             connection.on_closed = None  # if we close it, nothing is lost
         lossy = self._forwarder.disconnect()
+        self._link.disconnected()
         job, self.job = self.job, None
         if job is not None:
             if connection is not None:
@@ -309,7 +310,8 @@ class Session:
             job.give_up()
             await job.wait()
             self._link.job_ended(job)
-        await self._link.disconnected(lossy=lossy)
+        if lossy:
+            await self._link.before_alone()
 
     # Section: MirrorTarget
 

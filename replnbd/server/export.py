@@ -85,7 +85,7 @@ class Export:
         listed: bool = True,
         allow: Iterable[str] | None = None,
         connections_max: int | None = None,
-        writers: Callable[[], str | None] = lambda: None,
+        writers: Callable[[], str | None] | None = None,
     ) -> None:
         """`bitmaps`: by name, what the metadata contexts qemu:dirty-bitmap:NAME answer.
         `with_digests`: there is a metadata context x-replnbd:digest, by the key that `digest_key`
@@ -93,8 +93,8 @@ class Export:
         `listed`: LIST shows it; if not, who uses it has to know its name.
         `allow`: who may use it, by the names in their certificates; None: everybody.
         `connections_max`: how many clients may use it at a time; None: as many as come.
-        `writers`: the metadata context that a client must have selected to write, asked at each
-        handshake; None: none.
+        `writers` gives, at each handshake, the metadata context that a client must have selected to
+        write; None: none.
 
         Raises ConfigError for a name or description that the protocol cannot carry.
         """
@@ -149,7 +149,7 @@ class Export:
             refusal,
             needs_tls=self.allow is not None and not client.secure,
             contexts=tuple(self.contexts),
-            writers=self._writers(),
+            writers=None if self._writers is None else self._writers(),
         )
 
     def failed(self, failure: BaseException, request: Request, bus: EventBus) -> Refusal:

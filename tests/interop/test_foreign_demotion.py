@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign_support import SIZE, Foreign, Server, nbdkit
+from foreign_support import SIZE, Foreign, nbdkit
 from interop_support import assert_same
-from peers import REPLNBD, NbdClient, Process, QmpClient, list_exports, refusal, run_replnbd
+from peers import REPLNBD, Done, NbdClient, Process, QmpClient, list_exports, refusal, run_replnbd
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -33,9 +34,9 @@ class Remote:
     """A primary whose disk is nbdkit's, and its history `folder`/NAME.history."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder = folder
-        self.disk = nbdkit(folder, "memory", str(SIZE), threads=4)
-        self.nbd, self.control = folder / "nbd", folder / "qmp"
+        self.content = bytearray(SIZE)
+        self.disk = nbdkit(folder, "memory", str(SIZE))
+        self.nbd, self.control, self.log = folder / "nbd", folder / "qmp", folder / "log"
         server = {"listen": [f"nbd+unix:///?socket={self.nbd}"], "control": str(self.control)}
         disk = {
             "name": "vm0",
@@ -52,56 +53,64 @@ class Remote:
             )
         )
 
-    def start(self) -> Process:
-        process = Process([*REPLNBD, "serve", str(self.config)], log=self.folder / "log")
-        process.reach(lambda: list_exports(self.nbd))
-        process.reach(lambda: QmpClient(self.control).close())
-        return process
+    @contextmanager
+    def running(self, role: str) -> Iterator[None]:
+        """A daemon that begins in that role, with the disk as it was left."""
+        with Process([*REPLNBD, "serve", str(self.config)], log=self.log) as process:
+            process.reach(lambda: list_exports(self.nbd))
+            process.reach(lambda: QmpClient(self.control).close())
+            assert self.role == role
+            self.compare()
+            yield
+            assert process.terminate() == 0
 
     @property
     def role(self) -> str:
         with QmpClient(self.control) as qmp:
             return str(qmp.execute("x-replnbd-status")["role"])
 
+    def write(self, data: bytes) -> None:
+        with NbdClient(self.nbd, "vm0") as client:
+            client.pwrite(0, data)
+        self.content[: len(data)] = data
 
-@pytest.fixture
-def server(short_dir: Path) -> Iterator[list[Server]]:
-    servers: list[Server] = []
-    yield servers
-    for each in servers:
-        each.close()
+    def compare(self) -> None:
+        """All bytes."""
+        with NbdClient(self.nbd, "vm0") as client:
+            assert_same(client.pread(0, SIZE), self.content, "the disk")
 
-
-def test_a_disk_on_a_server_has_its_overlays_beside_its_history(
-    short_dir: Path, server: list[Server]
-) -> None:
-    remote = Remote(short_dir, "vm0")
-    server.append(remote.disk)
-    with remote.start() as process:
-        with NbdClient(remote.nbd, "vm0") as client:
-            client.pwrite(0, b"kept")
-        assert run_replnbd("demote", "--control", remote.control).status == 0
-        assert process.terminate() == 0
-    for layer in ("hidden", "active"):
-        assert (short_dir / f"vm0.{layer}.qcow2").exists()
-    with remote.start() as process:
-        assert remote.role == "secondary"
-        with NbdClient(remote.nbd, "vm0") as client:
-            assert client.pread(0, 4) == b"kept"
-        assert process.terminate() == 0
+    def demote(self) -> Done:
+        return run_replnbd("demote", "--control", self.control)
 
 
-def test_a_demotion_that_has_no_place_for_its_overlays_changes_nothing(
-    short_dir: Path, server: list[Server]
-) -> None:
+@contextmanager
+def remote(folder: Path, name: str) -> Iterator[Remote]:
+    """One, until the end of the block."""
+    made = Remote(folder, name)
+    try:
+        yield made
+    finally:
+        made.disk.close()
+
+
+def test_a_disk_on_a_server_has_its_overlays_beside_its_history(short_dir: Path) -> None:
+    with remote(short_dir, "vm0") as primary:
+        with primary.running("primary"):
+            primary.write(b"kept")
+            assert primary.demote().status == 0
+        for layer in ("hidden", "active"):
+            assert (short_dir / f"vm0.{layer}.qcow2").exists()
+        with primary.running("secondary"):
+            pass
+
+
+def test_a_demotion_that_has_no_place_for_its_overlays_changes_nothing(short_dir: Path) -> None:
     name = "n" * 245  # and with .hidden.qcow2 it is no name for a file
-    remote = Remote(short_dir, name)
-    server.append(remote.disk)
-    for _ in range(2):
-        with remote.start() as process, NbdClient(remote.nbd, "vm0") as client:
-            line = refusal(run_replnbd("demote", "--control", remote.control))
-            assert "File name too long" in line
-            assert remote.role == "primary"
-            client.pwrite(0, b"still")
-            client.close()
-            assert process.terminate() == 0
+    with remote(short_dir, name) as primary:
+        for number in range(2):
+            with primary.running("primary"):
+                assert "File name too long" in refusal(primary.demote())
+                assert primary.role == "primary"
+                primary.write(b"still %d" % number)
+                primary.compare()
+        assert not list(short_dir.glob("*.qcow2"))

@@ -174,26 +174,32 @@ async def test_a_copy_that_is_ready_waits_for_the_others_and_lets_them_go_on(
         await group.close()
 
 
+class Held(PassThrough):
+    """Writes when the test says so."""
+
+    driver = "held"
+
+    def __init__(self, file: BlockNode) -> None:
+        super().__init__("held", file)
+        self.may_write = asyncio.Event()
+        self.may_write.set()
+
+    def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
+        return False
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        await self.may_write.wait()
+        await self.file.pwrite(offset, data)
+
+
 async def test_a_copy_that_waited_for_another_one_is_live_when_it_has_what_was_written(
     short_dir: Path,
 ) -> None:
-    class Held(PassThrough):
-        driver = "held"
-
-        def pwrite_nowait(self, offset: int, data: Buffer) -> bool:
-            return False
-
-        async def pwrite(self, offset: int, data: Buffer) -> None:
-            await may_write.wait()
-            await self.file.pwrite(offset, data)
-
-    may_write = asyncio.Event()
-    may_write.set()
-    copy = MemoryNode(SIZE)
+    held = Held(copy := MemoryNode(SIZE))
     for name in "xy":
         (short_dir / name).mkdir()
     async with (
-        foreign(short_dir / "x", Held("held", copy)) as to_x,
+        foreign(short_dir / "x", held) as to_x,
         foreign(short_dir / "y", MemoryNode(SIZE)) as to_y,
     ):
         group, _ = await primaries(Stage.NONE, Stage.NONE)
@@ -205,16 +211,17 @@ async def test_a_copy_that_waited_for_another_one_is_live_when_it_has_what_was_w
         assert connection is not None
         connection.abort(OSError(errno.ECONNRESET, "lost"))
         await until(lambda: x.link.state is LinkState.SYNCING)
-        may_write.clear()
+        held.may_write.clear()
         await x.node.pwrite(0, b"written")
         await until(lambda: y.link.state is LinkState.LIVE)
         checkpoint = asyncio.create_task(group.checkpoint())
-        await asyncio.sleep(0.1)
-        assert x.link.state is LinkState.SYNCING
-        assert not checkpoint.done()
-        may_write.set()
+        for _ in range(200):
+            await asyncio.sleep(0)
+            assert x.link.state is LinkState.SYNCING
+            assert not checkpoint.done()
+        held.may_write.set()
         await checkpoint
-        assert copy.data[:7] == b"written"
+        assert copy.data == b"written" + bytes(SIZE - 7)
         await until(lambda: x.link.state is LinkState.LIVE)
         await group.close()
 
@@ -237,6 +244,32 @@ async def test_a_way_that_is_lost_is_not_live_from_then_on(short_dir: Path) -> N
         link.yank()
         await until(lambda: link.forwarder.connection is None)
         assert (link.state, link.reason) == (LinkState.REFUSED, "the connection was yanked")
+        await group.close()
+
+
+async def test_a_disk_that_is_stopped_amid_a_copy_goes_on_alone_at_once(short_dir: Path) -> None:
+    """What is written then is acknowledged under a generation that is not the copy's, or the copy
+    would pass for newer."""
+    held = Held(MemoryNode(SIZE))
+    async with foreign(short_dir, held) as to:
+        group, _ = await primaries(Stage.NONE)
+        (disk,) = group.disks
+        disk.to, link = to, disk.link
+        await group.start()
+        await until(lambda: link.state is LinkState.LIVE)
+        held.may_write.clear()
+        await disk.disk.pwrite(0, b"x")  # or there is nothing to copy
+        await disk.history.map.mark_behind(0, SIZE)
+        link.nudge()
+        await until(lambda: link.job is not None)
+        assert disk.history.is_shared
+        stopping = asyncio.create_task(group.stop())
+        while not stopping.done():
+            await asyncio.sleep(0)
+            if link.forwarder.connection is None:
+                assert link.forwarder.alone or not disk.history.is_shared
+        held.may_write.set()
+        await stopping
         await group.close()
 
 

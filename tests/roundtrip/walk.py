@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from changes import SPLIT_BRAIN, Old, Takeover
 from faults import FAULTS, NETWORK, SLOW, amid_sync, none, reach
@@ -185,10 +186,17 @@ class Walk:
         pair.compare()
         if pair.source.role != "primary":
             return
-        wait_until(self._verify_begins, "a moment in step")
-        pair.wait_links(lambda link: link["verified"] is not None, "the comparison")
-        for link in pair.links():  # a guest may be faster than the network for as long as it takes
+        for link in self._verified():  # a guest may be faster than the network all the time
             assert re.fullmatch(r"equal|\d+ bytes could not be compared", link["verified"]), link
+        with pair.quiet():
+            pair.wait_in_step()
+            assert {link["verified"] for link in self._verified()} == {"equal"}, pair.links()
+
+    def _verified(self) -> list[dict[str, Any]]:
+        """The links, once both sides have been compared."""
+        wait_until(self._verify_begins, "a moment in step")
+        self.pair.wait_links(lambda link: link["verified"] is not None, "the comparison")
+        return self.pair.links()
 
     def _verify_begins(self) -> bool:
         # A guest that writes more than the network takes puts it out of step, for a moment.
